@@ -23,7 +23,7 @@ STYLE = {
     "figure.facecolor": "white", "axes.facecolor": "white", "figure.dpi": 110,
     "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.8,
-    "axes.axisbelow": True, "axes.titlesize": 11, "axes.titlelocation": "left",
+    "axes.axisbelow": True, "axes.titlesize": 11,
     "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
     "axes.prop_cycle": plt.cycler(color=list(COLORS.values())),
 }
