@@ -37,4 +37,15 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'dpo_literate.results.save_result': ('results.html#save_result', 'dpo_literate/results.py'),
                                       'dpo_literate.results.to_json': ('results.html#to_json', 'dpo_literate/results.py'),
                                       'dpo_literate.results.versions': ('results.html#versions', 'dpo_literate/results.py'),
-                                      'dpo_literate.results.write_atomic': ('results.html#write_atomic', 'dpo_literate/results.py')}}}
+                                      'dpo_literate.results.write_atomic': ('results.html#write_atomic', 'dpo_literate/results.py')},
+            'dpo_literate.world': { 'dpo_literate.world.Pairs': ('world.html#pairs', 'dpo_literate/world.py'),
+                                    'dpo_literate.world.World': ('world.html#world', 'dpo_literate/world.py'),
+                                    'dpo_literate.world.kl': ('world.html#kl', 'dpo_literate/world.py'),
+                                    'dpo_literate.world.log_partition': ('world.html#log_partition', 'dpo_literate/world.py'),
+                                    'dpo_literate.world.objective': ('world.html#objective', 'dpo_literate/world.py'),
+                                    'dpo_literate.world.optimal_policy': ('world.html#optimal_policy', 'dpo_literate/world.py'),
+                                    'dpo_literate.world.preference_probs': ('world.html#preference_probs', 'dpo_literate/world.py'),
+                                    'dpo_literate.world.sample_pairs': ('world.html#sample_pairs', 'dpo_literate/world.py'),
+                                    'dpo_literate.world.show_replies': ('world.html#show_replies', 'dpo_literate/world.py'),
+                                    'dpo_literate.world.small_world': ('world.html#small_world', 'dpo_literate/world.py'),
+                                    'dpo_literate.world.total_variation': ('world.html#total_variation', 'dpo_literate/world.py')}}}
