@@ -89,7 +89,7 @@ def run_page(path, cwd=None, slow=False, timeout=600, env=None) -> Run:
                 continue
             try: client.execute_cell(cell, index)
             except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
-                done.error = f"{path.name}, cell {cell.id}:\n{cell.source}\n{re.sub(chr(27) + r'[[][0-9;]*m', '', str(e))[-4000:]}"
+                done.error = f"{path.name}, cell {cell.id}:\n{cell.source}\n{ANSI.sub('', str(e))[-4000:]}"
                 break
             done.cells += 1
             done.checks += assertions(cell.source)
@@ -136,7 +136,8 @@ def same_number(a, b):
     def unit(t):  # one unit of the last printed digit
         mantissa, _, power = re.sub(r"[-−+]", "", t, count=1).replace(",", "").lower().partition("e")
         return 10.0 ** (int(power or 0) - len(mantissa.partition(".")[2]))
-    return abs(x - y) <= max(5e-4 * max(abs(x), abs(y)), 1.001 * max(unit(a), unit(b)) if abs(x - y) < 1e-2 or max(abs(x), abs(y)) >= 1 else 0)
+    digits = min(len(re.sub(r"[eE].*|[-−+.,]", "", t).lstrip("0")) for t in (a, b))
+    return abs(x - y) <= max(5e-4 * max(abs(x), abs(y)), 1.001 * max(unit(a), unit(b)) if digits > 2 else 0)
 
 
 def image_size(data):
