@@ -38,6 +38,7 @@ def parse_json(
     except UnicodeEncodeError:
         raise Refusal(f"{where}: half a character (a lone surrogate escape); write the whole character") from None
     except json.JSONDecodeError as e:
+        if "\n" in text: where = f"{where}:{e.lineno}"
         hint = {"Extra data": "more than one value on the line"}.get(e.msg, e.msg)
         cut = "; file looks truncated" if e.pos >= len(text.rstrip()) - 1 or e.msg.startswith("Unterminated") else ""
         raise Refusal(f"{where}: not a JSON row ({hint}, character {e.pos + 1}){cut}") from None

@@ -205,8 +205,8 @@ def encode_reply(prompt, reply, tokenizer, tools=None, score_tail=False)->list[i
     if stop is None: return ids + _end(tokenizer)
     return ids if score_tail else ids[:stop + 1]
 
-# %% ../nbs/06_rows.ipynb #93bc2a00
-VERDICTS = ("kept", "prompt cut", "reply cut", "dropped: prompt fills the limit", "dropped: reply over the limit", "dropped: equal after the cut", "refused")
+# %% ../nbs/06_rows.ipynb #677ff95c
+VERDICTS = ("kept", "prompt cut", "reply cut", "dropped: prompt fills the limit", "dropped: reply over the limit", "dropped: equal after the cut", "refused", "dropped: identical replies")
 
 def fit(
     p:int, c:int, r:int,      # lengths of prompt, chosen, rejected (tokens)
@@ -246,14 +246,15 @@ def _triple(pair, tokenizer, score_tail):
     prompt = encode_prompt(p, tokenizer, tools) + encode_text(tokenizer, pair.get("prefix") or "")
     return prompt, *(encode_reply(p, pair[k], tokenizer, tools, score_tail) for k in ("chosen", "rejected"))
 
-# %% ../nbs/06_rows.ipynb #fa0e50a1
-def _row(pair, tokenizer, max_length, truncation, score_tail, ld_alpha):
+# %% ../nbs/06_rows.ipynb #0c81a406
+def _row(pair, tokenizer, max_length, truncation, score_tail, ld_alpha, identical="refuse"):
     where = str(pair.get("_where") or pair.get("id") or "pair")
     try:
         pair = pair if "_where" in pair else canonical(pair, where)
         p, c, r = _triple(pair, tokenizer, score_tail)
     except Refusal as e: raise Refusal(str(e) if where in str(e) else f"{where}: {e}") from None
-    if c == r: raise Refusal(f"{where}: both replies become the same tokens")
+    if c == r and identical == "drop": return VERDICTS[7], None
+    if c == r: raise Refusal(f"{where}: both replies become the same tokens: the pair teaches nothing; take it out, or choose identical='drop'")
     verdict, cut, most = fit(len(p), len(c), len(r), max_length, truncation)
     if verdict == "prompt cut": p = _whole_characters(tokenizer, p[cut:], p, end=False)
     if verdict == "reply cut":
@@ -291,11 +292,12 @@ def encode_pairs(
     pairs,                     # pairs, Preferences
     tokenizer,
     *, max_length:int|None=1024, truncation:str="refuse", score_tail:bool=False, ld_alpha:float|None=None,
+    identical:str="refuse",    # pairs with equal replies: refuse | drop (and count)
 )->tuple[list[Row],Counts]:    # rows, and what became of all that came in
     "Encode every pair; the counts add up to the pairs given."
     rows, counts, long = [], Counts(), []
     for pair in pairs:
-        verdict, row = _row(pair, tokenizer, max_length, truncation, score_tail, ld_alpha)
+        verdict, row = _row(pair, tokenizer, max_length, truncation, score_tail, ld_alpha, identical)
         counts.rows_in += 1; counts.by[verdict] += 1
         if isinstance(row, Row): rows.append(row)
         elif verdict == "refused": long.append(row)

@@ -140,3 +140,7 @@ def test_real_files():
     assert len(load_preferences(data_dir() / "polite_pairs")) == 1100
     assert len(load_preferences(data_dir() / "hh_harmless")) == 902 and len(load_preferences(data_dir() / "hh_harmless", "test")) == 200
     assert len(load_preferences(data_dir() / "human_pairs")) == 1482
+
+def test_hub_name_and_json_line(tmp_path):
+    with pytest.raises(Refusal, match="no such file or folder, and the hub"): load_preferences("nobody-here/no-such-set")
+    with pytest.raises(Refusal, match="a.json:3"): load_preferences(write(tmp_path, '[{"prompt":"q","chosen":"a",\n"rejected":"b"},\n{"prompt": oops}]', "a.json"))

@@ -138,3 +138,9 @@ def test_real_pairs():
     prefs = load_preferences(data_dir() / "hh_harmless")
     rows, counts = encode_pairs(prefs, tiny_tokenizer(), max_length=None)
     assert counts.by["kept"] == 902 == len({r.id for r in rows})
+
+def test_identical_replies_are_refused_or_dropped_and_counted():
+    tok, same = tiny_tokenizer("trims"), chat("q", "yes", "yes ")
+    with pytest.raises(Refusal, match="same tokens"): encode_pairs([same], tok)
+    rows, counts = encode_pairs([same, chat()], tok, identical="drop")
+    assert len(rows) == 1 and counts.by["dropped: identical replies"] == 1 and sum(counts.by.values()) == 2
