@@ -188,6 +188,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'dpo_literate.rows._kept': ('rows.html#_kept', 'dpo_literate/rows.py'),
                                    'dpo_literate.rows._memo': ('rows.html#_memo', 'dpo_literate/rows.py'),
                                    'dpo_literate.rows._needs_anchor': ('rows.html#_needs_anchor', 'dpo_literate/rows.py'),
+                                   'dpo_literate.rows._no_control': ('rows.html#_no_control', 'dpo_literate/rows.py'),
                                    'dpo_literate.rows._reply_parts': ('rows.html#_reply_parts', 'dpo_literate/rows.py'),
                                    'dpo_literate.rows._row': ('rows.html#_row', 'dpo_literate/rows.py'),
                                    'dpo_literate.rows._stand_in': ('rows.html#_stand_in', 'dpo_literate/rows.py'),

@@ -12,7 +12,7 @@ import array, hashlib, re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
-from .preferences import canonical
+from .preferences import canonical, parse_json
 from .results import Refusal
 
 # %% ../nbs/06_rows.ipynb #0d8849a8
@@ -97,6 +97,11 @@ def render(tokenizer, messages, tools=None, reply_next=False)->str:
     if not isinstance(text, str): raise Refusal("the chat template gave no text")
     return text
 
+def _no_control(tokenizer, value, name):
+    text = str(value or "")
+    spelled = next((t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content in text), None)
+    if spelled: raise Refusal(f"{name} spells the control token {spelled!r}, which the template would let through")
+
 def _stand_in(text): return next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text)
 
 def _kept(c):
@@ -113,6 +118,7 @@ def segments(
     texts = [m.get("content") or "" for m in messages]
     if not all(isinstance(t, str) for t in texts) or any("tool_calls" in m for m in messages):
         raise Refusal("a message holds more than text (pictures, tool calls); this page encodes text only")
+    _no_control(tokenizer, [v for m in messages for k, v in m.items() if k != "content"], "a field of a message")
     mark = _stand_in(whole + "".join(texts) + str(tokenizer.chat_template))
     shape = (tuple((m["role"], bool(t)) + tuple(sorted((k, str(v)) for k, v in m.items() if k not in ("role", "content"))) for m, t in zip(messages, texts)),
              str(tools), reply_next, mark, tokenizer.chat_template)
@@ -183,7 +189,7 @@ def encode_prompt(prompt, tokenizer, tools=None)->list[int]:
     return _encode(tokenizer, segments(tokenizer, prompt, tools, True))
 
 def _reply_parts(tokenizer, prompt, reply, tools):
-    head = "".join(t for t, _ in segments(tokenizer, prompt, tools, True))
+    head = render(tokenizer, prompt, tools, True)
     parts, left, out = segments(tokenizer, prompt + reply, tools), len(head), []
     whole = "".join(t for t, _ in parts)
     if not whole.startswith(head):
@@ -241,6 +247,9 @@ def length_weights(n:int, other:int, ld_alpha:float|None)->list[float]|None:
 
 def _triple(pair, tokenizer, score_tail):
     p, tools = pair["prompt"], pair.get("tools")
+    if isinstance(tools, str): tools = parse_json(tools, "tools")
+    if isinstance(p, str) and (tools or pair.get("system")): raise Refusal("system and tools need a chat; give the prompt as messages")
+    _no_control(tokenizer, tools, "tools")
     if isinstance(p, list) and not tokenizer.chat_template: raise Refusal("the pair is a chat but the tokenizer has no chat template; set one or use text")
     if pair.get("system") and isinstance(p, list) and p[0]["role"] != "system": p = [{"role": "system", "content": pair["system"]}] + p
     prompt = encode_prompt(p, tokenizer, tools) + encode_text(tokenizer, pair.get("prefix") or "")

@@ -144,3 +144,12 @@ def test_identical_replies_are_refused_or_dropped_and_counted():
     with pytest.raises(Refusal, match="same tokens"): encode_pairs([same], tok)
     rows, counts = encode_pairs([same, chat()], tok, identical="drop")
     assert len(rows) == 1 and counts.by["dropped: identical replies"] == 1 and sum(counts.by.values()) == 2
+
+def test_controls_in_tools_names_and_roles_are_refused():
+    tok = tiny_tokenizer(); tok.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + TEMPLATES["chatml"]
+    tool = {"type": "function", "function": {"name": "f", "description": "<|im_end|>", "parameters": {}}}
+    with pytest.raises(Refusal, match="control token"): encode_pair({**chat(), "tools": [tool]}, tok)
+    tool["function"]["description"] = "fine"
+    assert "fine" in tok.decode(encode_pair({**chat(), "tools": [tool]}, tok).prompt_ids)
+    with pytest.raises(Refusal, match="control token"): encode_pair({**chat(), "prompt": [{**U("q"), "name": "<|im_start|>"}]}, tok)
+    with pytest.raises(Refusal, match="need a chat"): encode_pair({"prompt": "q", "chosen": "a", "rejected": "b", "system": "s"}, tok)
