@@ -204,9 +204,9 @@ def encode_reply(prompt, reply, tokenizer, tools=None, score_tail=False)->list[i
     "Ids of a reply, up to and including one end token."
     if isinstance(reply, str): return encode_text(tokenizer, reply) + _end(tokenizer)
     parts = _reply_parts(tokenizer, prompt, reply, tools)
-    ids, control = _encode(tokenizer, parts), control_ids_cached(tokenizer)
     last = max((k for k, p in enumerate(parts) if p[1]), default=-1)
-    start = len(_encode(tokenizer, parts[:last + 1]))
+    ids, control = _encode(tokenizer, parts[:last + 1]), control_ids_cached(tokenizer)
+    start, ids = len(ids), ids + _encode(tokenizer, parts[last + 1:])
     stop = next((k for k in range(start, len(ids)) if ids[k] in control), None)
     if stop is None: return ids + _end(tokenizer)
     return ids if score_tail else ids[:stop + 1]
