@@ -10,7 +10,6 @@ __all__ = ['token_logps', 'sequence_logps', 'Batch', 'pad_rows', 'ReplyLogps', '
 import contextlib
 from dataclasses import dataclass, field, fields, replace
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/07_logps.ipynb #b6b6b9b5

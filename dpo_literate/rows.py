@@ -9,7 +9,6 @@ __all__ = ['TEMPLATES', 'VERDICTS', 'tiny_tokenizer', 'control_ids', 'encode_tex
 
 # %% ../nbs/06_rows.ipynb #a5069459
 import array, hashlib, re
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from .preferences import canonical, parse_json

@@ -1,5 +1,5 @@
 "Rows: borders, end tokens, truncation, and 10,000 strings that try to become control tokens."
-import random, subprocess
+import random
 from pathlib import Path
 import pytest
 from dpo_literate.preferences import load_preferences
