@@ -4,8 +4,12 @@
 
 Our side is the bare loop below (reference pass, packed rows one at a time, clip, AdamW), not yet DPOTrainer: the result says so.
 """
-import argparse, gzip, json, subprocess, sys, time
-from pathlib import Path
+import argparse
+import gzip
+import json
+import subprocess
+import sys
+import time
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +22,17 @@ def data(n):
     path = data_dir() / "hh_harmless" / "train.jsonl.gz"
     with gzip.open(path, "rt") as f: rows = [json.loads(line) for line, _ in zip(f, range(n))]
     def turn(text): return [{"role": "assistant", "content": text}]
-    return [dict(prompt=r["prompt"], chosen=turn(r["chosen"]), rejected=turn(r["rejected"])) for r in rows]
+    return [{"prompt": r["prompt"], "chosen": turn(r["chosen"]), "rejected": turn(r["rejected"])} for r in rows]
 
 
 def peak_gb():
-    line = next(x for x in open("/proc/self/status") if x.startswith("VmHWM"))
+    with open("/proc/self/status") as f: line = next(x for x in f if x.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e9
 
 
 def model_and_tokenizer():
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from dpo_literate.models import resolve_model
     path = str(resolve_model("bundled"))
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
@@ -74,8 +79,8 @@ def ours(args):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         opt.step(); opt.zero_grad(set_to_none=True); losses.append(total)
     seconds = time.perf_counter() - start
-    return dict(seconds=seconds, reference_seconds=ref_seconds, tokens_computed=tokens, losses=losses,
-                pairs_per_second=len(rows) / seconds, peak_memory_gb=peak_gb())
+    return {"seconds": seconds, "reference_seconds": ref_seconds, "tokens_computed": tokens, "losses": losses,
+                "pairs_per_second": len(rows) / seconds, "peak_memory_gb": peak_gb()}
 
 
 def trl(args):
@@ -90,7 +95,7 @@ def trl(args):
     trainer._get_train_sampler = lambda *a, **k: SequentialSampler(trainer.train_dataset)
     start = time.perf_counter(); trainer.train(); seconds = time.perf_counter() - start
     losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
-    return dict(seconds=seconds, losses=losses, pairs_per_second=args.pairs / seconds, peak_memory_gb=peak_gb())
+    return {"seconds": seconds, "losses": losses, "pairs_per_second": args.pairs / seconds, "peak_memory_gb": peak_gb()}
 
 
 def main():
@@ -103,16 +108,16 @@ def main():
         print("RESULT " + json.dumps({"ours": ours, "trl": trl}[args.side](args))); return
     began, got = time.perf_counter(), {}
     for side in ("ours", "trl"):
-        out = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side], capture_output=True, text=True)
+        out = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side], capture_output=True, text=True, check=False)
         line = [x for x in out.stdout.splitlines() if x.startswith("RESULT ")]
         if not line: sys.exit(out.stderr[-3000:])
         got[side] = json.loads(line[0][7:])
         print(side, {k: v for k, v in got[side].items()}, flush=True)
     a, b = got["ours"], got["trl"]
     assert len(a["losses"]) == len(b["losses"])
-    values = dict(ours=a, trl=b, speed_ratio=a["pairs_per_second"] / b["pairs_per_second"],
-        memory_ratio=a["peak_memory_gb"] / b["peak_memory_gb"],
-        max_loss_difference=max(abs(x - y) for x, y in zip(a["losses"], b["losses"])))
+    values = {"ours": a, "trl": b, "speed_ratio": a["pairs_per_second"] / b["pairs_per_second"],
+        "memory_ratio": a["peak_memory_gb"] / b["peak_memory_gb"],
+        "max_loss_difference": max(abs(x - y) for x, y in zip(a["losses"], b["losses"]))}
     print({k: round(v, 4) for k, v in values.items() if isinstance(v, float)})
     from dpo_literate.results import save_result
     name = "bench_cpu_float32" if args.float32 else "bench_cpu"
