@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 export TOKENIZERS_PARALLELISM := false
 export MPLBACKEND ?= agg
 
-.PHONY: help setup demo test lab docs check slow bench export clean-nbs readme
+.PHONY: help setup test lab check slow bench export clean-nbs readme
 help:      ## this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
@@ -23,25 +23,18 @@ $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 	@touch $@
 	@echo "ready: $(VENV) ($$($(PY) -V), torch $$($(PY) -c 'import torch; print(torch.__version__)'))"
 
-demo: setup ## align a real 135M chat model and write runs/demo/report.html
-	$(VENV)/bin/dpo-literate demo $(ARGS)
-
 test: setup ## every page top to bottom, and everything in tests/
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest tests $(ARGS)
 
 lab: setup ## JupyterLab on the pages
 	cd nbs && ../$(VENV)/bin/jupyter lab $(ARGS)
 
-docs: setup ## the site, into _docs/
-	$(PY) -m tools.site
-
 check: setup ## fast: exports in sync, notebooks clean, lint
 	$(PY) -m tools.check
 	$(VENV)/bin/ruff check .
 
-slow: setup ## the slow cells and the slow tests
+slow: setup ## the slow cells
 	HF_HUB_OFFLINE=1 $(PY) -m tools.pages run --slow
-	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(PY) -m pytest tests -m slow $(ARGS)
 
 bench: setup ## speed and memory beside TRL
 	$(PY) benchmarks/vs_trl.py $(ARGS)

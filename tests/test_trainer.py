@@ -3,7 +3,7 @@ import dataclasses, json, math
 import pytest, torch
 from dpo_literate.models import tiny_model
 from dpo_literate.results import Refusal
-from dpo_literate.rows import encode_pairs, tiny_tokenizer
+from dpo_literate.rows import tiny_tokenizer
 from dpo_literate.trainer import DPOConfig, DPOTrainer
 
 TOKENIZER = tiny_tokenizer()
