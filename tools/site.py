@@ -1,0 +1,321 @@
+"""The site: every page, as its notebook has it stored, into `_docs/`. No cell is run and nothing is fetched.
+
+    python -m tools.site [--out DIR]
+
+nbdev prepares the notebooks (`proc_nbs`, with `gather_reference` below as its last processor); Quarto renders them where
+it is installed, else smalldocs. Both read the one `_quarto.yml`.
+"""
+import argparse
+import html
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import is_dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import bleach
+import yaml
+from markdown_it import MarkdownIt
+from nbdev.process import Processor
+
+from tools.pages import NBS, ROOT, as_text, directives, pages, read
+
+PACKAGE = "dpo_literate"
+CODE_WIDTH = 84
+
+
+# ------------------------------------------------------------ the reference of a module
+
+@cache
+def home_of_modules():
+    "Module -> page that exports it, from each page's `default_exp`."
+    found = {}
+    for path in pages():
+        for cell in read(path).cells:
+            name = directives(cell.source).get("default_exp") if cell.cell_type == "code" else None
+            if name: found[f"{PACKAGE}.{name}"] = path
+    return found
+
+
+@cache
+def public_symbols(module):
+    "The documented names of a module, `Class.method` after its class, in the order of the source."
+    index = import_module(f"{PACKAGE}._modidx").d["syms"].get(module, {})
+    names = [key.removeprefix(f"{module}.") for key in index]
+    names = [n for n in names if not any(part.startswith("_") for part in n.split("."))]
+    return sorted(names, key=lambda n: (line_of(module, n.split(".")[0]), "." in n, line_of(module, n)))
+
+
+def symbol(module, name):
+    "The object a dotted name of a module stands for."
+    found = import_module(module)
+    for part in name.split("."): found = inspect.getattr_static(found, part) if inspect.isclass(found) else getattr(found, part)
+    found = getattr(found, "__func__", None) or getattr(found, "fget", None) or getattr(found, "func", None) or found
+    return inspect.unwrap(found) if callable(found) else found
+
+
+def line_of(module, name):
+    try: return inspect.getsourcelines(symbol(module, name))[1]
+    except (TypeError, OSError): return 10**6
+
+
+def type_name(annotation):
+    "An annotation as a reader writes it: `Tensor`, `list[int]`, `str|None`."
+    if annotation is inspect.Parameter.empty or annotation is None: return ""
+    if isinstance(annotation, type) and not hasattr(annotation, "__origin__"): return annotation.__name__
+    return re.sub(r"\b(?:torch|typing|collections\.abc|pathlib|transformers(?:\.\w+)*|dpo_literate\.\w+)\.", "", str(annotation)).replace(" | ", "|")
+
+
+def default_name(value):
+    "A default as a reader writes it; a dataclass field's factory as its call."
+    if value is inspect.Parameter.empty: return ""
+    if type(value).__name__ == "_HAS_DEFAULT_FACTORY_CLASS": return "…"
+    return value.__name__ if inspect.isfunction(value) or inspect.isclass(value) else repr(value)
+
+
+def cell_text(text): return re.sub(r"\s+", " ", str(text or "")).replace("|", "\\|").replace("<", "&lt;").strip()
+
+
+def code_text(text): return f"`{cell_text(text)}`" if text else ""
+
+
+def entry(module, name):
+    "Signature, one-line description and table of parameters of one exported name, as Markdown."
+    from fastcore.docments import docments
+    thing = symbol(module, name)
+    doc = (inspect.getdoc(thing) if not inspect.isclass(thing) or thing.__dict__.get("__doc__") else "") or ""
+    if is_dataclass(thing) and doc.startswith(f"{thing.__name__}("): doc = ""
+    try: known = docments(thing, full=True)
+    except (TypeError, OSError): known = {}
+    own = getattr(thing, "__annotations__", {}) if is_dataclass(thing) else None
+    rows = [(k, v) for k, v in known.items() if k not in ("self", "cls", "return") and (own is None or k in own)]
+    returns = known.get("return") if not inspect.isclass(thing) else None
+    def shown(k, v):
+        kind, default = type_name(v.anno), default_name(v.default)
+        return k + (f":{kind}" if kind else "") + (f"={default}" if default else "")
+    call = f"{name}({', '.join(k + (f'={d}' if (d := default_name(v.default)) else '') for k, v in rows)})"
+    arrow = f" -> {kind}" if returns and (kind := type_name(returns.anno)) else ""
+    if not callable(thing) or isinstance(inspect.getattr_static(import_module(module), name.split(".")[0], None), type) and is_property(module, name): call = name
+    lines = [f"### {name} {{#{anchor(name)}}}", "", "```python", textwrap.fill(call + arrow, CODE_WIDTH, subsequent_indent=" " * (len(name) + 1) if len(name) < 30 else "    ", break_long_words=False, break_on_hyphens=False), "```", ""]
+    if doc: lines += [doc.split("\n\n")[0].replace("<", "&lt;"), ""]
+    told = [(k, v) for k, v in rows if v.docment or type_name(v.anno)]
+    if told or (returns and returns.docment):
+        lines += ["| | type | default | |", "|---|---|---|---|"]
+        lines += [f"| `{k}` | {code_text(type_name(v.anno))} | {code_text(default_name(v.default))} | {cell_text(v.docment)} |" for k, v in told]
+        if returns and (returns.docment or type_name(returns.anno)): lines.append(f"| *returns* | {code_text(type_name(returns.anno))} | | {cell_text(returns.docment)} |")
+    return "\n".join(lines) + "\n"
+
+
+def is_property(module, name):
+    owner, _, attribute = name.rpartition(".")
+    return bool(owner) and not callable(inspect.getattr_static(symbol(module, owner), attribute, None)) and not isinstance(
+        inspect.getattr_static(symbol(module, owner), attribute, None), (staticmethod, classmethod))
+
+
+def anchor(name): return name.lower()
+
+
+@cache
+def link_of_names():
+    "Exported name -> link to its entry; a name two modules export is left alone."
+    found, twice = {}, set()
+    for module, path in home_of_modules().items():
+        for name in public_symbols(module):
+            if name in found: twice.add(name)
+            found[name] = f"{path.name}#{anchor(name)}"
+    return {k: v for k, v in found.items() if k not in twice}
+
+
+NAME = re.compile(r"(?<![`\[\w])`([A-Za-z]\w*(?:\.\w+)?)(\(\))?`(?![`\]\w])")
+
+
+def link_names(text):
+    "Names of the library in backticks become links to their entry; headings, raw HTML and code are left alone."
+    links, fenced, out = link_of_names(), False, []
+    for line in text.split("\n"):
+        if line.lstrip().startswith("```"): fenced = not fenced
+        if not (fenced or line.startswith(("#", "<", "    "))):
+            line = NAME.sub(lambda m: f"[{m[0]}]({links[m[1]]})" if m[1] in links else m[0], line)
+        out.append(line)
+    return "\n".join(out)
+
+
+# ------------------------------------------------------------ what a run printed is text, whatever it holds
+
+TAGS = set("a b blockquote br caption code div em h1 h2 h3 h4 h5 h6 hr i li ol p pre s span strong sub sup table tbody td tfoot th thead tr ul".split())
+ATTRIBUTES = {"a": ["href"], "td": ["colspan", "rowspan"], "th": ["colspan", "rowspan"]}
+OUTPUT_MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table")
+
+
+def clean_html(text):
+    "HTML without a tag, attribute or address that could act; their text stays."
+    text = re.sub(r"<(style|script)\b.*?</\1\s*>", "", text, flags=re.S | re.I)
+    return bleach.clean(text, tags=TAGS, attributes=ATTRIBUTES, protocols={"http", "https", "mailto"}, strip=True)
+
+
+def inert(output):
+    "An output of which no part is read as markup: text stays text, Markdown and HTML keep their plain tags, scripts and SVG go."
+    if "data" not in output: return output
+    data = output["data"]
+    rich = clean_html(as_text(data["text/html"])) if "text/html" in data else OUTPUT_MARKDOWN.render(as_text(data["text/markdown"])) if "text/markdown" in data else None
+    kept = {k: v for k, v in data.items() if k in ("image/png", "image/jpeg", "text/plain")}
+    if rich is not None: kept = {"text/html": clean_html(rich).replace("{{<", "{{&lt;")}
+    output["data"] = kept
+    return output
+
+
+# ------------------------------------------------------------ the last of nbdev's processors
+
+def alt_text(cells, n):
+    "What a figure shows, for who cannot see it: the first sentence of the caption under it."
+    following = next((c.source for c in cells[n + 1:] if c.cell_type == "markdown" and not c.source.startswith("#")), "")
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"[*`$\\{}\"]", "", following))
+    return " ".join(re.split(r"(?<=[.:])\s", plain.strip(), maxsplit=1)[0].split())[:200]
+
+
+class gather_reference(Processor):
+    "Number the title, label exported code with its module, link names, make outputs inert, and end the page with its module's reference."
+    def __init__(self, nb):
+        super().__init__(nb)
+        found = [c.directives_["default_exp"] for c in nb.cells if c.cell_type == "code" and "default_exp" in c.directives_]
+        self.module = f"{PACKAGE}.{found[0].strip()}" if found else None
+
+    def begin(self):
+        from fastcore.nbio import mk_cell
+        number = Path(self.nb.path_).stem.partition("_")[0]
+        cells = self.nb.cells
+        for n, cell in enumerate(cells):
+            if cell.cell_type == "raw" and cell.source.startswith("---"): cell.source = front_matter(cell.source, number)
+            elif cell.cell_type == "markdown": cell.source = link_names(cell.source)
+            elif cell.cell_type == "code":
+                cell.outputs = [inert(o) for o in cell.get("outputs", [])]
+                marks = []
+                if "exports" in cell.directives_ and self.module: marks += ["#| code-fold: show", f"#| code-summary: {self.module}"]
+                if any("image/png" in o.get("data", {}) for o in cell.outputs): marks.append(f"#| fig-alt: {json.dumps(alt_text(cells, n), ensure_ascii=False)}")
+                cell.source = "\n".join([*marks, cell.source])
+        if self.module and public_symbols(self.module):
+            entries = [entry(self.module, name) for name in public_symbols(self.module)]
+            cells.append(mk_cell(f"## Reference\n\nWhat this page exports: `{self.module}`.", "markdown"))
+            cells += [mk_cell(text, "markdown") for text in entries]
+
+
+def front_matter(text, number):
+    "The page's front matter with its number in the title; the file keeps the notebook's name in both renderers."
+    meta = yaml.safe_load(text.strip().strip("-"))
+    meta.pop("output-file", None)
+    if number[:1].isdigit(): meta["title"] = f"{number} · {meta['title']}"
+    if "description" in meta: meta["description"] = " ".join(meta["description"].split())
+    return f"---\n{yaml.safe_dump(meta, allow_unicode=True, width=1000)}---\n"
+
+
+# ------------------------------------------------------------ equations
+
+MATH = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
+
+
+def mathml(tex, display, where=""):
+    "TeX as MathML, its `\\tag` beside it; ValueError where the converter leaves something it does not know."
+    from latex2mathml.converter import convert
+    tag = re.search(r"\\tag\{([^}]*)\}", tex)
+    try: out = convert(re.sub(r"\\tag\{[^}]*\}", "", tex).strip(), display="block" if display else "inline")
+    except Exception as e: raise ValueError(f"{where}: equation {tex!r}: {type(e).__name__}: {e}") from None
+    unknown = re.search(r"\\[A-Za-z]+", re.sub(r"&#x[0-9A-Fa-f]+;", "", out))
+    if unknown: raise ValueError(f"{where}: equation {tex!r}: {unknown[0]} is not known to latex2mathml")
+    if not display: return out
+    number = f'<span class="eqno">({html.escape(tag[1])})</span>' if tag else ""
+    return f'<span class="equation">{out}{number}</span>'
+
+
+def with_mathml(page, where=""):
+    "A page's HTML with every equation as MathML."
+    return MATH.sub(lambda m: mathml(html.unescape(m[2]), m[1] == "display", where), page)
+
+
+# ------------------------------------------------------------ rendering
+
+def prepare():
+    "nbdev's processing of the pages into `_proc/`; sections of the sidebar that have no page yet are left out."
+    from nbdev.serve import proc_nbs
+    proc = Path(proc_nbs(force=True, n_workers=0))
+    config = yaml.safe_load((proc / "_quarto.yml").read_text(encoding="utf-8"))
+    bar = config["website"]["sidebar"]
+    def has_pages(item):
+        if not isinstance(item, dict) or "section" not in item: return True
+        contents = [item["contents"]] if isinstance(item["contents"], str) else item["contents"]
+        return any(any(proc.glob(pattern)) for pattern in contents)
+    bar["contents"] = [item for item in bar["contents"] if has_pages(item)]
+    (proc / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return proc
+
+
+FETCH = 'const r = await fetch(offset + "search.json");\n      index = await r.json();'
+FROM_DISK = ('index = await new Promise((ok, no) => { const s = document.createElement("script"); s.src = offset + "search.js"; '
+             's.onload = () => ok(window.searchIndex); s.onerror = no; document.head.append(s); });')
+
+
+def render_smalldocs(proc):
+    "Render with smalldocs, and take from its result what would ask the network: KaTeX, web fonts, a fetched index."
+    from smalldocs.config import load
+    from smalldocs.site import Site
+
+    class Offline(Site):
+        def render_page(self, page):
+            super().render_page(page)
+            page.html, page.env["math"] = with_mathml(page.html, str(page.src)), False
+
+        def copy_assets(self, nav):
+            super().copy_assets(nav)
+            for css in (self.out / "site_libs" / "themes").rglob("*.css"):
+                css.write_text(re.sub(r"@import url\([^)]*\);?", "", css.read_text(encoding="utf-8")), encoding="utf-8")
+            script = self.out / "site_libs" / "smalldocs.js"
+            text = script.read_text(encoding="utf-8")
+            if FETCH not in text: raise SystemExit("smalldocs reads its search index otherwise than 0.5.4 did; see FETCH in tools/site.py")
+            script.write_text(text.replace(FETCH, FROM_DISK), encoding="utf-8")
+
+        def write_search(self):
+            super().write_search()
+            index = self.out / "search.json"
+            (self.out / "search.js").write_text(f"window.searchIndex = {index.read_text(encoding='utf-8')};\n", encoding="utf-8")
+            index.unlink()
+
+    site = Offline(load(proc), quiet=True)
+    site.build()
+    return site.out, [w for w in site.warnings if "html-math-method" not in w]
+
+
+def render_quarto(proc):
+    subprocess.run(["quarto", "render", str(proc), "--no-execute", "--quiet"], check=True)
+    return proc / "_docs", []
+
+
+def build(out=ROOT / "_docs"):
+    "Render the whole site into `out`; how many pages, and what is wrong with them."
+    proc = prepare()
+    made, warnings = (render_quarto if shutil.which("quarto") else render_smalldocs)(proc)
+    out = Path(out)
+    if out.exists(): shutil.rmtree(out)
+    shutil.move(made, out)
+    return len(list(out.glob("*.html"))), warnings
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "_docs")
+    args = parser.parse_args(argv)
+    os.chdir(ROOT)
+    count, warnings = build(args.out)
+    for line in warnings: print(line, file=sys.stderr)
+    missing = sorted({p.stem for p in NBS.glob("*.ipynb")} - {p.stem for p in args.out.glob("*.html")})
+    if missing: print(f"not rendered: {', '.join(missing)}", file=sys.stderr)
+    print(f"{count} pages: {os.path.relpath(args.out / 'index.html')}")
+    return 1 if warnings or missing or not count else 0
+
+
+if __name__ == "__main__": sys.exit(main())
