@@ -1,6 +1,6 @@
 """The site: every page, as its notebook has it stored, into `_docs/`. No cell is run and nothing is fetched.
 
-    python -m tools.site [--out DIR]
+    python -m tools.site [--out DIR] [--renderer quarto|smalldocs]
 
 nbdev prepares the notebooks (`proc_nbs`, with `gather_reference` below as its last processor); Quarto renders them where
 it is installed, else smalldocs. Both read the one `_quarto.yml`.
@@ -25,7 +25,7 @@ import yaml
 from markdown_it import MarkdownIt
 from nbdev.process import Processor
 
-from tools.pages import NBS, ROOT, as_text, directives, pages, read
+from tools.pages import ANSI, NBS, ROOT, as_text, directives, pages, read
 
 PACKAGE = "dpo_literate"
 CODE_WIDTH = 84
@@ -97,19 +97,18 @@ def entry(module, name):
     own = getattr(thing, "__annotations__", {}) if is_dataclass(thing) else None
     rows = [(k, v) for k, v in known.items() if k not in ("self", "cls", "return") and (own is None or k in own)]
     returns = known.get("return") if not inspect.isclass(thing) else None
-    def shown(k, v):
-        kind, default = type_name(v.anno), default_name(v.default)
-        return k + (f":{kind}" if kind else "") + (f"={default}" if default else "")
     call = f"{name}({', '.join(k + (f'={d}' if (d := default_name(v.default)) else '') for k, v in rows)})"
     arrow = f" -> {kind}" if returns and (kind := type_name(returns.anno)) else ""
-    if not callable(thing) or isinstance(inspect.getattr_static(import_module(module), name.split(".")[0], None), type) and is_property(module, name): call = name
+    if is_property(module, name): call = name
     lines = [f"### {name} {{#{anchor(name)}}}", "", "```python", textwrap.fill(call + arrow, CODE_WIDTH, subsequent_indent=" " * (len(name) + 1) if len(name) < 30 else "    ", break_long_words=False, break_on_hyphens=False), "```", ""]
     if doc: lines += [doc.split("\n\n")[0].replace("<", "&lt;"), ""]
     told = [(k, v) for k, v in rows if v.docment or type_name(v.anno)]
     if told or (returns and returns.docment):
-        lines += ["| | type | default | |", "|---|---|---|---|"]
-        lines += [f"| `{k}` | {code_text(type_name(v.anno))} | {code_text(default_name(v.default))} | {cell_text(v.docment)} |" for k, v in told]
-        if returns and (returns.docment or type_name(returns.anno)): lines.append(f"| *returns* | {code_text(type_name(returns.anno))} | | {cell_text(returns.docment)} |")
+        table = [(f"`{k}`", code_text(type_name(v.anno)), code_text(default_name(v.default)), cell_text(v.docment)) for k, v in told]
+        if returns and (returns.docment or type_name(returns.anno)): table.append(("*returns*", code_text(type_name(returns.anno)), "", cell_text(returns.docment)))
+        heads = ("name", "type", "default", "meaning")
+        used = [n for n in range(4) if n == 0 or any(row[n] for row in table)]
+        lines += ["| " + " | ".join(row[n] for n in used) + " |" for row in (heads, ("---",) * 4, *table)]
     return "\n".join(lines) + "\n"
 
 
@@ -119,7 +118,7 @@ def is_property(module, name):
         inspect.getattr_static(symbol(module, owner), attribute, None), (staticmethod, classmethod))
 
 
-def anchor(name): return name.lower()
+def anchor(name): return f"ref-{name.lower()}"  # a heading of the page may be called the same
 
 
 @cache
@@ -160,12 +159,21 @@ def clean_html(text):
     return bleach.clean(text, tags=TAGS, attributes=ATTRIBUTES, protocols={"http", "https", "mailto"}, strip=True)
 
 
+CONTROL = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def plain_text(text): return CONTROL.sub("", ANSI.sub("", as_text(text)))
+
+
 def inert(output):
     "An output of which no part is read as markup: text stays text, Markdown and HTML keep their plain tags, scripts and SVG go."
+    if output["output_type"] == "error": output["traceback"] = [plain_text(line) for line in output["traceback"]]
+    if "text" in output: output["text"] = plain_text(output["text"])
     if "data" not in output: return output
     data = output["data"]
     rich = clean_html(as_text(data["text/html"])) if "text/html" in data else OUTPUT_MARKDOWN.render(as_text(data["text/markdown"])) if "text/markdown" in data else None
-    kept = {k: v for k, v in data.items() if k in ("image/png", "image/jpeg", "text/plain")}
+    kept = {k: v for k, v in data.items() if k in ("image/png", "image/jpeg")}
+    if "text/plain" in data: kept["text/plain"] = plain_text(data["text/plain"])
     if rich is not None: kept = {"text/html": clean_html(rich).replace("{{<", "{{&lt;")}
     output["data"] = kept
     return output
@@ -220,12 +228,26 @@ def front_matter(text, number):
 MATH = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 
 
+FUNCTION = r"<m[io]>(?:log|ln|exp|max|min|sup|inf|arg|lim|Pr|sin|cos|tanh)</m[io]>"
+OPENS = r"<mo[^>]*>(?:&#x00028;|&#x0003D;|&#x0002C;|\(|\[|&#x0005B;|&#x0007B;|&#x02264;|&#x0003E;|&#x0003C;|&#x02208;)</mo>"
+
+
+def spaced(out):
+    "MathML as latex2mathml writes it, with TeX's spaces: around a function's name, none after a sign; hats that do not stretch."
+    out = out.replace("<mo>&#x0221E;</mo>", "<mi>&#x0221E;</mi>").replace("<mo>&#x0005E;</mo></mover>", '<mo stretchy="false">&#x0005E;</mo></mover>')
+    out = re.sub(rf"({OPENS})<mo>&#x02212;</mo>", r'\1<mo form="prefix">&#x02212;</mo>', out)
+    out = re.sub(rf"(</m(?:i|n|sub|sup|subsup|frac|style|over)>)(?={FUNCTION})", r'\1<mspace width="0.167em"/>', out)
+    out = re.sub(rf"((?<!<msub>)(?<!<msup>){FUNCTION})(?=<m(?:i|n|sub|sup|subsup|frac|style|over|row)\b)", r'\1<mspace width="0.167em"/>', out)
+    return out
+
+
 def mathml(tex, display, where=""):
     "TeX as MathML, its `\\tag` beside it; ValueError where the converter leaves something it does not know."
     from latex2mathml.converter import convert
     tag = re.search(r"\\tag\{([^}]*)\}", tex)
     try: out = convert(re.sub(r"\\tag\{[^}]*\}", "", tex).strip(), display="block" if display else "inline")
     except Exception as e: raise ValueError(f"{where}: equation {tex!r}: {type(e).__name__}: {e}") from None
+    out = spaced(out)
     unknown = re.search(r"\\[A-Za-z]+", re.sub(r"&#x[0-9A-Fa-f]+;", "", out))
     if unknown: raise ValueError(f"{where}: equation {tex!r}: {unknown[0]} is not known to latex2mathml")
     if not display: return out
@@ -295,10 +317,11 @@ def render_quarto(proc):
     return proc / "_docs", []
 
 
-def build(out=ROOT / "_docs"):
+def build(out=ROOT / "_docs", renderer=None):
     "Render the whole site into `out`; how many pages, and what is wrong with them."
     proc = prepare()
-    made, warnings = (render_quarto if shutil.which("quarto") else render_smalldocs)(proc)
+    renderer = renderer or ("quarto" if shutil.which("quarto") else "smalldocs")
+    made, warnings = (render_quarto if renderer == "quarto" else render_smalldocs)(proc)
     out = Path(out)
     if out.exists(): shutil.rmtree(out)
     shutil.move(made, out)
@@ -308,9 +331,10 @@ def build(out=ROOT / "_docs"):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "_docs")
+    parser.add_argument("--renderer", choices=["quarto", "smalldocs"], help="default: Quarto where it is installed")
     args = parser.parse_args(argv)
     os.chdir(ROOT)
-    count, warnings = build(args.out)
+    count, warnings = build(args.out, args.renderer)
     for line in warnings: print(line, file=sys.stderr)
     missing = sorted({p.stem for p in NBS.glob("*.ipynb")} - {p.stem for p in args.out.glob("*.html")})
     if missing: print(f"not rendered: {', '.join(missing)}", file=sys.stderr)
