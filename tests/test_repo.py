@@ -53,7 +53,21 @@ def test_an_edited_module_is_named_with_its_line(tmp_path):
     assert found == ["dpo_literate/extra.py: no notebook exports it", f"dpo_literate/losses.py:{at + 1}: differs from its notebook; edit the notebook and run nbdev-export"]
 
 
-def test_the_readme_is_the_index(): assert readme.convert() == readme.README.read_text(encoding="utf-8"), "run make readme"
+def test_the_readme_is_the_index(): assert not readme.stale(), "run make readme"
+
+
+def test_a_stale_readme_is_seen(tmp_path, monkeypatch):
+    "A changed sentence, and a figure of the index that README's picture does not show."
+    index = pages.read(NBS / "index.ipynb")
+    index.cells.append(nbformat.v4.new_code_cell("#| echo: false\n#| fig-alt: \"a gain\"\nfig", id="f1f1f1f1", outputs=[nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo="})]))
+    nbformat.write(index, tmp_path / "index.ipynb")
+    monkeypatch.setattr(readme, "NBS", tmp_path)
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    assert readme.stale() == [tmp_path / "README.md", tmp_path / "images" / "index_f1f1f1f1.png"]
+    readme.main()
+    assert not readme.stale() and "![a gain](nbs/images/index_f1f1f1f1.png)" in readme.README.read_text(encoding="utf-8")
+    (tmp_path / "images" / "index_f1f1f1f1.png").write_bytes(b"old")
+    assert readme.stale() == [tmp_path / "images" / "index_f1f1f1f1.png"]
 
 
 def test_notebooks_are_clean(capsys): assert clean.main([str(NBS), "--check"]) == 0, capsys.readouterr().out

@@ -79,7 +79,7 @@ def run_page(path, cwd=None, slow=False, timeout=600, env=None) -> Run:
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
     kernel_env = {**os.environ, "IN_TEST": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline", "TOKENIZERS_PARALLELISM": "false",
                   "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])), **(env or {})}
-    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(cwd or path.parent)}})
+    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(cwd or path.parent)}})
     with client.setup_kernel(env=kernel_env):
         for index, cell in enumerate(nb.cells):
             if cell.cell_type != "code" or not cell.source.strip(): continue

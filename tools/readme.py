@@ -1,4 +1,5 @@
 "README.md from nbs/index.ipynb: `python -m tools.readme`. (`nbdev-readme` stops where Quarto is not installed.)"
+import base64
 import re
 import sys
 
@@ -8,7 +9,7 @@ README = ROOT / "README.md"
 
 
 def convert():
-    "The index page as Markdown: prose, code that is shown, text outputs; links and pictures point into nbs/."
+    "The index page as Markdown: prose, code that is shown, outputs; links and pictures point into nbs/."
     parts = []
     for cell in read(NBS / "index.ipynb").cells:
         if cell.cell_type == "markdown": parts.append(cell.source)
@@ -19,7 +20,8 @@ def convert():
             if code and marks.get("echo") != "false": parts.append(f"```python\n{code}\n```")
             for output in cell.outputs:
                 data = output.get("data", {})
-                if "text/markdown" in data: parts.append(as_text(data["text/markdown"]))
+                if "image/png" in data: parts.append(f"![{marks.get('fig-alt', '').strip(chr(34))}](images/index_{cell.id}.png)")
+                elif "text/markdown" in data: parts.append(as_text(data["text/markdown"]))
                 elif output.output_type == "stream" or "text/plain" in data:
                     parts.append(f"```\n{as_text(output.get('text') or data['text/plain']).rstrip()}\n```")
     text = "\n\n".join(p.strip() for p in parts if p.strip())
@@ -27,9 +29,24 @@ def convert():
     return re.sub(r"\]\(\.\./", "](", text) + "\n"
 
 
+def pictures():
+    "The index page's figures, as the files README shows: path and bytes."
+    cells = [c for c in read(NBS / "index.ipynb").cells if c.cell_type == "code"]
+    return {NBS / "images" / f"index_{c.id}.png": base64.b64decode(as_text(o.data["image/png"])) for c in cells for o in c.outputs if "image/png" in o.get("data", {})}
+
+
+def stale():
+    "What of README.md and its pictures is not as the index page has it."
+    found = [] if README.exists() and README.read_text(encoding="utf-8") == convert() else [README]
+    return found + [path for path, data in pictures().items() if not path.exists() or path.read_bytes() != data]
+
+
 def main():
     README.write_text(convert(), encoding="utf-8")
-    print(f"wrote {README.name} from nbs/index.ipynb")
+    for path, data in pictures().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    print(f"wrote {README.name} and {len(pictures())} pictures from nbs/index.ipynb")
 
 
 if __name__ == "__main__": sys.exit(main())
