@@ -179,16 +179,21 @@ def test_every_section_of_the_sidebar_has_pages(docs):
     assert sections and all(s.select(".sidebar-section a") for s in sections)
 
 
-def test_search_finds_a_term_and_opens_its_page(docs, browser):
-    tab = browser.new_page()
+@pytest.mark.parametrize("width", [1280, 390])
+def test_search_finds_a_term_and_opens_its_page(docs, browser, width):
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme="dark")
+    tab = context.new_page()
     tab.goto((docs / "index.html").as_uri())
+    if width < 600: tab.click(".quarto-btn-toggle")
     tab.fill("input[type=search]", "Bradley")
     hit = tab.wait_for_selector(".smalldocs-search-results a")
-    assert "Bradley" in tab.inner_text(".smalldocs-search-results")
+    assert "Bradley" in tab.inner_text(".smalldocs-search-results") and tab.evaluate(LOOK) == []
+    box = tab.locator(".smalldocs-search-results").bounding_box()
+    assert box["width"] > 300 and tab.evaluate(f"!!document.elementFromPoint({box['x'] + box['width'] - 20}, {box['y'] + 20}).closest('.smalldocs-search-results')"), "the results are cut off"
     hit.click()
     tab.wait_for_load_state()
     assert "Bradley" in tab.inner_text("main") and "index.html" not in tab.url
-    tab.close()
+    context.close()
 
 
 # ------------------------------------------------------------ equations and reference

@@ -49,7 +49,7 @@ def public_symbols(module):
     "The documented names of a module, `Class.method` after its class, in the order of the source."
     index = import_module(f"{PACKAGE}._modidx").d["syms"].get(module, {})
     names = [key.removeprefix(f"{module}.") for key in index]
-    names = [n for n in names if not any(part.startswith("_") for part in n.split("."))]
+    names = [n for n in names if not any(part.startswith("_") for part in n.split(".")) and ("." not in n or told(symbol(module, n)))]
     return sorted(names, key=lambda n: (line_of(module, n.split(".")[0]), "." in n, line_of(module, n)))
 
 
@@ -59,6 +59,12 @@ def symbol(module, name):
     for part in name.split("."): found = inspect.getattr_static(found, part) if inspect.isclass(found) else getattr(found, part)
     found = getattr(found, "__func__", None) or getattr(found, "fget", None) or getattr(found, "func", None) or found
     return inspect.unwrap(found) if callable(found) else found
+
+
+def told(thing):
+    "What a name's own docstring says, its first paragraph; what it inherits or what is made for it is not its own."
+    text = inspect.cleandoc(thing.__dict__.get("__doc__") or "" if inspect.isclass(thing) else getattr(thing, "__doc__", None) or "")
+    return "" if is_dataclass(thing) and text.startswith(f"{thing.__name__}(") else text.split("\n\n")[0]
 
 
 def line_of(module, name):
@@ -90,10 +96,10 @@ def entry(module, name):
     "Signature, one-line description and table of parameters of one exported name, as Markdown."
     from fastcore.docments import docments
     thing = symbol(module, name)
-    doc = (inspect.getdoc(thing) if not inspect.isclass(thing) or thing.__dict__.get("__doc__") else "") or ""
-    if is_dataclass(thing) and doc.startswith(f"{thing.__name__}("): doc = ""
-    try: known = docments(thing, full=True)
-    except (TypeError, OSError): known = {}
+    try: known, sig = docments(thing, full=True), inspect.signature(thing)
+    except (TypeError, ValueError, OSError): known, sig = {}, None
+    for name_, v in known.items():   # docments guesses a type from the default; show what was written
+        if sig and name_ in sig.parameters: v.anno = sig.parameters[name_].annotation
     own = getattr(thing, "__annotations__", {}) if is_dataclass(thing) else None
     rows = [(k, v) for k, v in known.items() if k not in ("self", "cls", "return") and (own is None or k in own)]
     returns = known.get("return") if not inspect.isclass(thing) else None
@@ -101,10 +107,9 @@ def entry(module, name):
     arrow = f" -> {kind}" if returns and (kind := type_name(returns.anno)) else ""
     if is_property(module, name): call = name
     lines = [f"### {name} {{#{anchor(name)}}}", "", "```python", textwrap.fill(call + arrow, CODE_WIDTH, subsequent_indent=" " * (len(name) + 1) if len(name) < 30 else "    ", break_long_words=False, break_on_hyphens=False), "```", ""]
-    if doc: lines += [doc.split("\n\n")[0].replace("<", "&lt;"), ""]
-    told = [(k, v) for k, v in rows if v.docment or type_name(v.anno)]
-    if told or (returns and returns.docment):
-        table = [(f"`{k}`", code_text(type_name(v.anno)), code_text(default_name(v.default)), cell_text(v.docment)) for k, v in told]
+    if told(thing): lines += [told(thing).replace("<", "&lt;"), ""]
+    if any(v.docment or type_name(v.anno) for _, v in rows) or (returns and returns.docment):
+        table = [(f"`{k}`", code_text(type_name(v.anno)), code_text(default_name(v.default)), cell_text(v.docment)) for k, v in rows]
         if returns and (returns.docment or type_name(returns.anno)): table.append(("*returns*", code_text(type_name(returns.anno)), "", cell_text(returns.docment)))
         heads = ("name", "type", "default", "meaning")
         used = [n for n in range(4) if n == 0 or any(row[n] for row in table)]
@@ -298,8 +303,10 @@ def render_smalldocs(proc):
                 css.write_text(re.sub(r"@import url\([^)]*\);?", "", css.read_text(encoding="utf-8")), encoding="utf-8")
             script = self.out / "site_libs" / "smalldocs.js"
             text = script.read_text(encoding="utf-8")
-            if FETCH not in text: raise SystemExit("smalldocs reads its search index otherwise than 0.5.4 did; see FETCH in tools/site.py")
-            script.write_text(text.replace(FETCH, FROM_DISK), encoding="utf-8")
+            for old, new in ((FETCH, FROM_DISK), ("threshold: 0.3", "threshold: 0.15")):   # fewer letters forgiven: cDPO is not DPO
+                if old not in text: raise SystemExit("smalldocs searches otherwise than 0.5.4 did; see FETCH in tools/site.py")
+                text = text.replace(old, new)
+            script.write_text(text, encoding="utf-8")
 
         def write_search(self):
             super().write_search()
