@@ -161,6 +161,13 @@ def test_a_dead_link_is_seen(tmp_path):
     assert dead_links(tmp_path) == ["a.html: a.html has no #gone", "a.html: b.html is not there", "a.html: c.html has no #x", "a.html: d.png is not there"]
 
 
+def test_the_site_names_no_machine_and_no_folder_it_was_made_in(docs):
+    from test_repo import traces
+    for path in [*docs.glob("*.html"), *docs.glob("*.js"), *docs.glob("*.css")]:
+        text = re.sub(r"data:image/\w+;base64,[A-Za-z0-9+/=]+", "", path.read_text(encoding="utf-8"))
+        assert not traces(text) and str(docs.parent) not in text, path.name
+
+
 def test_next_and_previous_visit_every_page_once(docs):
     def neighbour(name, side):
         link = BeautifulSoup((docs / name).read_text(encoding="utf-8"), "html.parser").select_one(f".nav-page-{side} a")

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import is_dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 
@@ -86,44 +86,50 @@ def default_name(value):
     return value.__name__ if inspect.isfunction(value) or inspect.isclass(value) else repr(value)
 
 
-def cell_text(text): return re.sub(r"\s+", " ", str(text or "")).replace("|", "\\|").replace("<", "&lt;").strip()
+def prose(text):
+    "A comment or docstring as Markdown that shows it letter by letter; only code in backticks keeps its meaning."
+    parts = re.split(r"(`[^`]*`)", re.sub(r"\s+", " ", str(text or "")).strip())
+    return "".join(p if p.startswith("`") and len(p) > 1 else re.sub(r"([*_~^$\\\[\]])", r"\\\1", p).replace("<", "&lt;") for p in parts)
 
 
-def code_text(text): return f"`{cell_text(text)}`" if text else ""
+def in_table(text): return text.replace("|", "\\|")
+
+
+def code_text(text): return f"`{text}`" if text else ""
+
+
+def parameters(thing):
+    "`(name, type, default, comment)` of each parameter, and `(type, comment)` of what is returned; docments reads the comments."
+    from fastcore.docments import docments
+    try: known, sig = docments(thing, full=True), inspect.signature(thing)
+    except (TypeError, ValueError, OSError): return [], ("", "")
+    own = getattr(thing, "__annotations__", {}) if is_dataclass(thing) else known
+    rows = [(k, type_name(sig.parameters[k].annotation), default_name(v.default), v.docment or "")   # docments would guess a type from the default
+            for k, v in known.items() if k in sig.parameters and k in own and k not in ("self", "cls")]
+    back = known.get("return")
+    return rows, ("", "") if inspect.isclass(thing) or back is None else (type_name(back.anno), back.docment or "")
 
 
 def entry(module, name):
     "Signature, one-line description and table of parameters of one exported name, as Markdown."
-    from fastcore.docments import docments
     thing = symbol(module, name)
-    try: known, sig = docments(thing, full=True), inspect.signature(thing)
-    except (TypeError, ValueError, OSError): known, sig = {}, None
-    for name_, v in known.items():   # docments guesses a type from the default; show what was written
-        if sig and name_ in sig.parameters: v.anno = sig.parameters[name_].annotation
-    own = getattr(thing, "__annotations__", {}) if is_dataclass(thing) else None
-    rows = [(k, v) for k, v in known.items() if k not in ("self", "cls", "return") and (own is None or k in own)]
-    returns = known.get("return") if not inspect.isclass(thing) else None
-    call = f"{name}({', '.join(k + (f'={d}' if (d := default_name(v.default)) else '') for k, v in rows)})"
-    arrow = f" -> {kind}" if returns and (kind := type_name(returns.anno)) else ""
-    if is_property(module, name): call = name
-    lines = [f"### {name} {{#{anchor(name)}}}", "", "```python", textwrap.fill(call + arrow, CODE_WIDTH, subsequent_indent=" " * (len(name) + 1) if len(name) < 30 else "    ", break_long_words=False, break_on_hyphens=False), "```", ""]
-    if told(thing): lines += [told(thing).replace("<", "&lt;"), ""]
-    if any(v.docment or type_name(v.anno) for _, v in rows) or (returns and returns.docment):
-        table = [(f"`{k}`", code_text(type_name(v.anno)), code_text(default_name(v.default)), cell_text(v.docment)) for k, v in rows]
-        if returns and (returns.docment or type_name(returns.anno)): table.append(("*returns*", code_text(type_name(returns.anno)), "", cell_text(returns.docment)))
-        heads = ("name", "type", "default", "meaning")
+    rows, (kind, comment) = parameters(thing)
+    call = name if is_property(module, name) else f"{name}({', '.join(k + (f'={d}' if d else '') for k, _, d, _ in rows)})"
+    call = textwrap.fill(call + (f" -> {kind}" if kind else ""), CODE_WIDTH, subsequent_indent=" " * (len(name) + 1 if len(name) < 30 else 4), break_long_words=False, break_on_hyphens=False)
+    lines = [f"### {name} {{#{anchor(name)}}}", "", f"```python\n{call}\n```", "", prose(told(thing)), ""]
+    if comment or any(t or c for _, t, _, c in rows):
+        table = [(f"`{k}`", code_text(t), code_text(d), prose(c)) for k, t, d, c in rows] + [("*returns*", code_text(kind), "", prose(comment))] * bool(kind or comment)
         used = [n for n in range(4) if n == 0 or any(row[n] for row in table)]
-        lines += ["| " + " | ".join(row[n] for n in used) + " |" for row in (heads, ("---",) * 4, *table)]
+        lines += ["| " + " | ".join(in_table(row[n]) for n in used) + " |" for row in (("name", "type", "default", "meaning"), ("---",) * 4, *table)]
     return "\n".join(lines) + "\n"
 
 
 def is_property(module, name):
     owner, _, attribute = name.rpartition(".")
-    return bool(owner) and not callable(inspect.getattr_static(symbol(module, owner), attribute, None)) and not isinstance(
-        inspect.getattr_static(symbol(module, owner), attribute, None), (staticmethod, classmethod))
+    return bool(owner) and isinstance(inspect.getattr_static(symbol(module, owner), attribute), (property, cached_property))
 
 
-def anchor(name): return f"ref-{name.lower()}"  # a heading of the page may be called the same
+def anchor(name): return f"ref-{name}"  # a heading of the page may be called the same
 
 
 @cache
@@ -211,7 +217,7 @@ class gather_reference(Processor):
                 cell.outputs = [inert(o) for o in cell.get("outputs", [])]
                 marks = []
                 if "exports" in cell.directives_ and self.module: marks += ["#| code-fold: show", f"#| code-summary: {self.module}"]
-                if any("image/png" in o.get("data", {}) for o in cell.outputs): marks.append(f"#| fig-alt: {json.dumps(alt_text(cells, n), ensure_ascii=False)}")
+                if any("image/png" in o.get("data", {}) for o in cell.outputs) and "#| fig-alt" not in cell.source: marks.append(f"#| fig-alt: {json.dumps(alt_text(cells, n), ensure_ascii=False)}")
                 cell.source = "\n".join([*marks, cell.source])
         if self.module and public_symbols(self.module):
             entries = [entry(self.module, name) for name in public_symbols(self.module)]
