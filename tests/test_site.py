@@ -226,7 +226,7 @@ def test_an_equation_the_converter_does_not_know_stops_the_build():
 def test_the_reference_lists_every_public_name_once(docs):
     for module, path in site.home_of_modules().items():
         soup = BeautifulSoup((docs / f"{path.stem}.html").read_text(encoding="utf-8"), "html.parser")
-        names = [h.get_text() for h in soup.select("section#reference h3")]
+        names = [h.get_text() for h in soup.select("section#module-reference h3")]
         assert names == site.public_symbols(module), path.name
     losses = BeautifulSoup((docs / "04_losses.html").read_text(encoding="utf-8"), "html.parser").find(id="ref-dpo_loss").get_text()
     assert "policy_chosen_logps" in losses and "beta" in losses and "0.1" in losses and "returns" in losses

@@ -221,7 +221,7 @@ class gather_reference(Processor):
                 cell.source = "\n".join([*marks, cell.source])
         if self.module and public_symbols(self.module):
             entries = [entry(self.module, name) for name in public_symbols(self.module)]
-            cells.append(mk_cell(f"## Reference\n\nWhat this page exports: `{self.module}`.", "markdown"))
+            cells.append(mk_cell(f"## Module reference {{#module-reference}}\n\nWhat this page exports: `{self.module}`.", "markdown"))
             cells += [mk_cell(text, "markdown") for text in entries]
 
 
