@@ -380,6 +380,12 @@ def test_cleaning_keeps_content_and_is_idempotent(cells):
     assert all(c.get("execution_count") is None and not c.metadata for c in got) and "mine" not in once
 
 
+def test_cleaning_drops_what_a_machine_warned():
+    outputs = [nbformat.v4.new_output("stream", name="stderr", text="/env/x.py:1: FutureWarning"), nbformat.v4.new_output("stream", text="kept")]
+    got = nbformat.reads(clean.clean_text(json.dumps(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=outputs)]))), as_version=4)
+    assert [o.text for o in got.cells[0].outputs] == ["kept"]
+
+
 def test_an_interrupted_write_leaves_the_old_notebook(tmp_path, monkeypatch):
     path = tmp_path / "a.ipynb"
     path.write_text("old")

@@ -1,4 +1,5 @@
-"""Clean notebooks: no counts, no machine's metadata, stable ids. What cannot be read is left as it is.
+"""Clean notebooks: no counts, no machine's metadata, no warnings of one machine's packages (stderr), stable ids.
+What cannot be read is left as it is.
 
     python -m tools.clean nbs [--check]     clean in place, or only say what would change (exit 1)
 """
@@ -41,7 +42,7 @@ def clean_text(text):
         seen.add(cell["id"])
         if cell["cell_type"] == "code":
             cell["execution_count"] = None
-            cell["outputs"] = [clean_output(o) for o in cell.get("outputs", [])]
+            cell["outputs"] = [clean_output(o) for o in cell.get("outputs", []) if o.get("name") != "stderr"]
     return nb2str(dict2nb(nb))
 
 
