@@ -90,7 +90,6 @@ class DPOConfig(TRLNames):
     other_reference:bool = setting(False, "the reference may be another model than the policy's starting point")
     generate_samples:int = setting(0, "prompts of each eval set answered at every evaluation")
     generate_tokens:int = setting(64, "most tokens of such an answer")
-    remove_unused_columns:bool = setting(False, "unused here: columns are read by name")
     logging_nan_inf_filter:bool = setting(False, "unused here: a loss that is not finite stops the run")
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs", "loss_kwargs"]
 
@@ -176,6 +175,7 @@ def check_losses(args:DPOConfig)->None:
     if len(set(args.loss_type)) < len(losses): raise Refusal("loss_type names a loss twice: give it once, with the sum of its weights")
     if args.loss_weights is not None and len(args.loss_weights) != len(losses):
         raise Refusal(f"loss_weights has {len(args.loss_weights)} numbers for {len(losses)} losses")
+    if args.use_weighting and any(l.batch_dependent for l in losses): raise Refusal(f"use_weighting weighs single pairs, which loss {', '.join(args.loss_type)} does not know")
     for name, aliases in READS.items():
         if getattr(args, name) != default_of(args, name) and not any(k in l.hyper for l in losses for k in aliases):
             raise Refusal(f"{name}={getattr(args, name)!r} does nothing with loss {', '.join(args.loss_type)}")
@@ -267,9 +267,11 @@ def prepare_rows(
     return rows, counts
 
 def check_columns(rows:list, args:DPOConfig)->None:
-    "A margin that no loss reads would be silently lost."
+    "A margin or a weight that no loss reads would be silently lost."
     asks = any("offset" in get_loss(n).needs for n in args.loss_type)
     if not asks and any(r.offset for r in rows): raise Refusal(f"the pairs have margins, which loss {', '.join(args.loss_type)} does not read: take the column out")
+    together = [n for n in args.loss_type if get_loss(n).batch_dependent]
+    if together and any(r.weight != 1 for r in rows): raise Refusal(f"loss {together[0]} compares the pairs of a step with each other, so none has a weight of its own: take the column out")
     if args.capacity and args.layout == "packed": pack_rows(rows, capacity=args.capacity)
 
 # %% ../nbs/10_trainer.ipynb #8a2ab0ca
