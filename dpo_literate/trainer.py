@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['INSTEAD', 'READS', 'TRL_DEFAULTS', 'UNREAD', 'FILLER', 'METRICS', 'PULLED', 'CARD', 'UNUSED', 'epoch_order',
            'setting', 'TRLNames', 'DPOConfig', 'check_config', 'check_choices', 'check_reference', 'default_of',
-           'settings_of', 'check_losses', 'mixed_loss', 'constant_at_init', 'fate', 'TRLTable', 'read_pairs',
-           'prepare_rows', 'check_columns', 'loss_inputs', 'pair_metrics', 'as_batch', 'EpochOrder', 'RowTrainer',
-           'LayoutTrainer', 'reference_mode', 'ReferenceTrainer', 'tokenizer_hash', 'CacheTrainer', 'TableTrainer',
-           'LossTrainer', 'pulls', 'StepTrainer', 'PieceTrainer', 'check_first_loss', 'GuardTrainer', 'StepGuard',
-           'LogTrainer', 'EvalTrainer', 'CoverTrainer', 'sample_replies', 'SampleTrainer', 'data_hash', 'CardTrainer',
-           'StateTrainer', 'ModelCardTrainer', 'make_policy', 'check_policy', 'check_ids', 'check_arguments',
+           'settings_of', 'check_losses', 'check_kwargs', 'mixed_loss', 'constant_at_init', 'fate', 'TRLTable',
+           'read_pairs', 'prepare_rows', 'check_columns', 'loss_inputs', 'pair_metrics', 'as_batch', 'EpochOrder',
+           'RowTrainer', 'LayoutTrainer', 'reference_mode', 'ReferenceTrainer', 'tokenizer_hash', 'CacheTrainer',
+           'TableTrainer', 'LossTrainer', 'pulls', 'GatherTrainer', 'WholeTrainer', 'StepTrainer', 'PieceTrainer',
+           'check_first_loss', 'GuardTrainer', 'StepGuard', 'LogTrainer', 'EvalTrainer', 'CoverTrainer',
+           'sample_replies', 'SampleTrainer', 'data_hash', 'CardTrainer', 'StateTrainer', 'BesideTrainer',
+           'ModelCardTrainer', 'make_policy', 'check_policy', 'check_ids', 'check_arguments', 'PreparedTrainer',
            'DPOTrainer', 'plot_log']
 
 # %% ../nbs/10_trainer.ipynb #8a68cb54
@@ -23,7 +24,7 @@ from accelerate.utils import DistributedType, gather_object
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
-from .losses import check_settings, get_loss, preference_accuracy
+from .losses import INPUTS, check_settings, get_loss, preference_accuracy
 from .logps import pad_rows, unwrapped
 from .models import (AdapterOff, CachedReference, FrozenReference, MovingReference, load_model, load_table,
     load_tokenizer, model_identity, no_dropout, read_reference, save_table, shared_storage, table_path)
@@ -135,19 +136,21 @@ def check_choices(args:DPOConfig)->None:
     choices = dict(layout=("packed", "padded"), truncation_mode=("refuse", "keep_start", "keep_end"))
     for name, allowed in choices.items():
         if getattr(args, name) not in allowed: raise Refusal(f"{name}={getattr(args, name)!r}: use {' or '.join(allowed)}")
-    if args.ld_alpha is not None and not 0 <= args.ld_alpha <= 1: raise Refusal(f"ld_alpha={args.ld_alpha}: must lie in [0, 1]")
+    if args.ld_alpha is not None and not 0 <= args.ld_alpha <= 1:
+        raise Refusal(f"ld_alpha={args.ld_alpha}: must lie in [0, 1]")
     for name in ("capacity", "max_length"):
         value = getattr(args, name)
         if value is not None and value < 1: raise Refusal(f"{name}={value}: must be at least 1 token")
 
 def check_reference(args:DPOConfig)->None:
     "Settings of a reference that moves."
-    if not args.sync_ref_model:
-        for name, default in dict(ref_model_mixup_alpha=.6, ref_model_sync_steps=512).items():
-            if getattr(args, name) != default: raise Refusal(f"{name}={getattr(args, name)} does nothing without sync_ref_model=True")
-    elif args.precompute_ref_log_probs: raise Refusal("sync_ref_model moves the reference, so it cannot be read beforehand: leave precompute_ref_log_probs unset")
-    elif not 0 < args.ref_model_mixup_alpha <= 1: raise Refusal(f"ref_model_mixup_alpha={args.ref_model_mixup_alpha}: must lie in (0, 1]")
-    elif args.ref_model_sync_steps < 1: raise Refusal(f"ref_model_sync_steps={args.ref_model_sync_steps}: must be at least 1")
+    share, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+    if not args.sync_ref_model and (share, every) != (.6, 512):
+        raise Refusal("ref_model_mixup_alpha and ref_model_sync_steps do nothing without sync_ref_model=True")
+    if args.sync_ref_model and args.precompute_ref_log_probs:
+        raise Refusal("sync_ref_model moves the reference, so it cannot be read beforehand: leave precompute_ref_log_probs unset")
+    if not 0 < share <= 1: raise Refusal(f"ref_model_mixup_alpha={share}: must lie in (0, 1]")
+    if every < 1: raise Refusal(f"ref_model_sync_steps={every}: must be at least 1")
 
 # %% ../nbs/10_trainer.ipynb #fea082af
 READS = dict(label_smoothing=("label_smoothing",), f_divergence_type=("f_divergence_type", "divergence"),
@@ -168,22 +171,29 @@ def settings_of(
 
 # %% ../nbs/10_trainer.ipynb #9b13748c
 def check_losses(args:DPOConfig)->None:
-    "Every setting must reach a loss, every loss must exist."
-    losses, given = [get_loss(name) for name in args.loss_type], args.loss_kwargs or {}
-    check_settings(beta=args.beta, label_smoothing=args.label_smoothing)
-    if not losses: raise Refusal("loss_type is empty")
-    if len(set(args.loss_type)) < len(losses): raise Refusal("loss_type names a loss twice: give it once, with the sum of its weights")
+    "Every loss must exist and take pairs; every setting must reach one."
+    losses, names = [get_loss(name) for name in args.loss_type], ", ".join(args.loss_type)
+    if not losses or len(set(args.loss_type)) < len(losses): raise Refusal("loss_type is empty or names a loss twice: give each once, with its weight in loss_weights")
     if args.loss_weights is not None and len(args.loss_weights) != len(losses):
         raise Refusal(f"loss_weights has {len(args.loss_weights)} numbers for {len(losses)} losses")
-    if args.use_weighting and any(l.batch_dependent for l in losses): raise Refusal(f"use_weighting weighs single pairs, which loss {', '.join(args.loss_type)} does not know")
+    for l in losses:
+        if not getattr(l, "paired", True): raise Refusal(f"loss {l.name!r} takes single replies, DPOTrainer trains on pairs")
+    if args.use_weighting and any(l.batch_dependent for l in losses): raise Refusal(f"use_weighting weighs single pairs, which loss {names} does not know")
     for name, aliases in READS.items():
         if getattr(args, name) != default_of(args, name) and not any(k in l.hyper for l in losses for k in aliases):
-            raise Refusal(f"{name}={getattr(args, name)!r} does nothing with loss {', '.join(args.loss_type)}")
-    for name, settings in given.items():
+            raise Refusal(f"{name}={getattr(args, name)!r} does nothing with loss {names}")
+    check_kwargs(args)
+
+# %% ../nbs/10_trainer.ipynb #1d220be5
+def check_kwargs(args:DPOConfig)->None:
+    "Settings of single losses: known by name, and of a value the loss takes."
+    check_settings(beta=args.beta, label_smoothing=args.label_smoothing)
+    for name, settings in (args.loss_kwargs or {}).items():
         if name not in args.loss_type: raise Refusal(f"loss_kwargs has settings for {name!r}, but the run's loss is {', '.join(args.loss_type)}")
         for key in settings:
             if key not in get_loss(name).hyper: raise Refusal(f"loss {name!r} has no setting {key!r}; it has {', '.join(get_loss(name).hyper)}")
-    for l in losses: check_settings(**{k: v for k, v in settings_of(l, args).items() if k in ("beta", "label_smoothing")})
+    ones = {name: torch.ones(2) for name in INPUTS}
+    for l in map(get_loss, args.loss_type): l(ones, **settings_of(l, args))
 
 # %% ../nbs/10_trainer.ipynb #2fec1948
 def mixed_loss(
@@ -261,17 +271,19 @@ def prepare_rows(
     if isinstance(data, list) and data and all(isinstance(r, Row) for r in data):
         counts = Counts(len(data)); counts.by["kept"] = len(data)
         return list(data), counts
-    rows, counts = encode_pairs(read_pairs(data, limit), tokenizer, max_length=args.max_length, truncation=args.truncation_mode,
-                                score_tail=args.score_tail, ld_alpha=args.ld_alpha)
+    rows, counts = encode_pairs(read_pairs(data, limit), tokenizer, max_length=args.max_length, ld_alpha=args.ld_alpha,
+                                truncation=args.truncation_mode, score_tail=args.score_tail)
     if not rows: raise Refusal(f"no rows to train on: {counts}")
     return rows, counts
 
+# %% ../nbs/10_trainer.ipynb #748fd313
 def check_columns(rows:list, args:DPOConfig)->None:
     "A margin or a weight that no loss reads would be silently lost."
-    asks = any("offset" in get_loss(n).needs for n in args.loss_type)
-    if not asks and any(r.offset for r in rows): raise Refusal(f"the pairs have margins, which loss {', '.join(args.loss_type)} does not read: take the column out")
-    together = [n for n in args.loss_type if get_loss(n).batch_dependent]
-    if together and any(r.weight != 1 for r in rows): raise Refusal(f"loss {together[0]} compares the pairs of a step with each other, so none has a weight of its own: take the column out")
+    losses = [get_loss(n) for n in args.loss_type]
+    if any(r.offset for r in rows) and not any("offset" in l.needs for l in losses):
+        raise Refusal(f"the pairs have margins, which loss {', '.join(args.loss_type)} does not read: take the column out")
+    if any(r.weight != 1 for r in rows) and any(l.batch_dependent for l in losses):
+        raise Refusal(f"loss {', '.join(args.loss_type)} compares the pairs of a step with each other, so none has a weight of its own: take the column out")
     if args.capacity and args.layout == "packed": pack_rows(rows, capacity=args.capacity)
 
 # %% ../nbs/10_trainer.ipynb #8a2ab0ca
@@ -296,7 +308,8 @@ def loss_inputs(
     return inputs | dict(chosen_wpo=gap[:B], rejected_wpo=gap[B:])
 
 # %% ../nbs/10_trainer.ipynb #8c947b5a
-METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+           "logps/chosen", "logps/rejected")
 
 def pair_metrics(
     loss:Tensor, chosen:Tensor, rejected:Tensor, # loss and rewards, (B,)
@@ -304,10 +317,13 @@ def pair_metrics(
     means:bool=False,                            # log-probs per token too?
 )->dict:                                         # name -> sum over the pairs
     "What a dashboard wants, as sums."
-    pc, pr, c, r = inputs["policy_chosen_logps"], inputs["policy_rejected_logps"], chosen, rejected
-    real = inputs["real"] > 0
-    columns = dict(zip(("pairs", "loss", *METRICS), (torch.ones_like(c), inputs["weight"] * loss, c, r, c - r, preference_accuracy(c, r), pc, pr)))
-    if means: columns |= {"mean_logps/chosen": pc / inputs["chosen_lengths"].clamp(min=1), "mean_logps/rejected": pr / inputs["rejected_lengths"].clamp(min=1)}
+    c, r, real = chosen, rejected, inputs["real"] > 0
+    logps = [inputs["policy_chosen_logps"], inputs["policy_rejected_logps"]]
+    values = (torch.ones_like(c), inputs["weight"] * loss, c, r, c - r, preference_accuracy(c, r), *logps)
+    columns = dict(zip(("pairs", "loss", *METRICS), values))
+    if means:
+        lengths = [inputs["chosen_lengths"], inputs["rejected_lengths"]]
+        columns |= {f"mean_logps/{side}": x / n.clamp(min=1) for side, x, n in zip(("chosen", "rejected"), logps, lengths)}
     return {k: torch.where(real, x.detach(), 0.).double().sum() for k, x in columns.items()}
 
 # %% ../nbs/10_trainer.ipynb #10c756a5
@@ -346,8 +362,8 @@ class LayoutTrainer(RowTrainer):
 
     @property
     def sharded(self)->bool:
-        "Do the processes hold parts of one model rather than copies?"
-        return self.is_fsdp_enabled or (self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3)
+        "Is the model whole only once accelerate has taken it?"
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def choose_layout(self, model)->None:
         "Once a run: ask the model."
@@ -376,10 +392,12 @@ def reference_mode(
 )->str:             # "none", "moving", "cached", "frozen" or "adapter"
     "In which form the reference is kept."
     if not any(get_loss(n).reference for n in args.loss_type):
-        if ref_model is not None or args.sync_ref_model: raise Refusal(f"loss {', '.join(args.loss_type)} has no reference: leave ref_model and sync_ref_model out")
+        if ref_model is not None or args.sync_ref_model:
+            raise Refusal(f"loss {', '.join(args.loss_type)} has no reference: leave ref_model and sync_ref_model out")
         return "none"
     tuned = any(not p.requires_grad for p in model.parameters())
-    if args.sync_ref_model and (tuned or hasattr(model, "peft_config")): raise Refusal("sync_ref_model needs a policy that is trained whole: the mean of two adapters is not the adapter of the mean")
+    if args.sync_ref_model and (tuned or hasattr(model, "peft_config")):
+        raise Refusal("sync_ref_model needs a policy that is trained whole: the mean of two adapters is not the adapter of the mean")
     if args.sync_ref_model: return "moving"
     if args.precompute_ref_log_probs is not False: return "cached"
     return "frozen" if ref_model is not None or not tuned else "adapter"
@@ -452,7 +470,7 @@ class TableTrainer(CacheTrainer):
         if self.sharded and self.state.global_step: raise Refusal(f"the run goes on, but its reference is not in {self.table_file}", 6)
         lacking = [[r for r in group if r.key not in cached.table] for group in self.shares(rows)]
         pieces = self.even([b for group in lacking if group for b in self.pieces(group)])
-        if not self.sharded: model.to(self.args.device)
+        if model is self.ref_model and not hasattr(model, "quantization_method"): model.to(self.args.device)
         with self.accelerator.autocast(): new = read_reference(model, pieces, self.args.device)
         for part in gather_object([new]) if self.args.world_size > 1 else [new]: cached.table |= part
         bad = [r.id for r in rows if not all(map(math.isfinite, cached.table[r.key]))]
@@ -472,16 +490,6 @@ class LossTrainer(TableTrainer):
             out = packed_reply_logps(model, batch, ("sum_p2",) if wpo else ())
         return loss_inputs(out, batch, ref)
 
-    @torch.no_grad()
-    def collect(self, pieces:list)->tuple[dict,int]:
-        "Inputs of many pieces over all processes, and where this process's begin."
-        parts = [self.score(self.model_wrapped if self.sharded else self.model, p) for p in pieces]
-        mine = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-        if self.args.world_size == 1: return mine, 0
-        every = gather_object([{k: v.cpu() for k, v in mine.items()}])
-        before = sum(len(e["real"]) for e in every[:self.args.process_index])
-        return {k: torch.cat([e[k] for e in every]).to(self.args.device) for k in mine}, before
-
 # %% ../nbs/10_trainer.ipynb #8744aac4
 PULLED = ("policy_chosen_logps", "policy_rejected_logps")
 
@@ -498,8 +506,37 @@ def pulls(
     found = dict(loss=loss, chosen=chosen, rejected=rejected, **dict(zip(PULLED, on)))
     return {k: torch.zeros_like(every["real"]).masked_scatter(real, v.detach()) for k, v in found.items()}
 
+# %% ../nbs/10_trainer.ipynb #3672bd91
+class GatherTrainer(LossTrainer):
+    "Looks at many pieces before it learns from any."
+    @torch.no_grad()
+    def collect(self, pieces:list)->tuple[dict,int]:
+        "Inputs of many pieces over all processes, and where this process's begin."
+        parts = [self.score(self.model_wrapped if self.sharded else self.model, p) for p in pieces]
+        mine = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+        if self.args.world_size == 1: return mine, 0
+        every = gather_object([{k: v.cpu() for k, v in mine.items()}])
+        before = sum(len(e["real"]) for e in every[:self.args.process_index])
+        return {k: torch.cat([e[k] for e in every]).to(self.args.device) for k in mine}, before
+
+    def hold(self, pieces:list)->None:
+        "Formula (10.2): the pull on each reply of this process."
+        every, start = self.collect(pieces)
+        mine = sum(p.n_pairs for p in pieces)
+        self.held = {k: v[start:start + mine] for k, v in pulls(self.args, every).items()}
+
+# %% ../nbs/10_trainer.ipynb #ac38fcdb
+class WholeTrainer(GatherTrainer):
+    "Losses that see a whole step."
+    def pulled(self, inputs):
+        "The loss as it was found for the whole step, and its pull on these pairs."
+        here = slice(self.at, self.at + len(inputs["real"])); self.at = here.stop
+        held = {k: v[here] for k, v in self.held.items()}
+        pull = sum(held[k] * inputs[k] for k in PULLED)
+        return held["loss"], held["chosen"], held["rejected"], inputs["weight"] * held["loss"] + pull - pull.detach()
+
 # %% ../nbs/10_trainer.ipynb #779a5ec8
-class StepTrainer(LossTrainer):
+class StepTrainer(WholeTrainer):
     "Forward and backward by formula (10.1)."
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The micro-batches of one optimizer step, laid out, and N."
@@ -514,19 +551,14 @@ class StepTrainer(LossTrainer):
         if pieces and self.together: self.hold(pieces)
         return micro, n
 
-    def hold(self, pieces:list)->None:
-        "Formula (10.2): the pull on each reply of this process."
-        every, start = self.collect(pieces)
-        mine = sum(p.n_pairs for p in pieces)
-        self.held = {k: v[start:start + mine] for k, v in pulls(self.args, every).items()}
-
     def training_step(self, model, inputs, num_items_in_batch=None):
         "Forward and backward, one piece at a time; only the last one of a step talks to other processes."
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train): self.optimizer.train()
-        share, total, sync = self.accelerator.num_processes / num_items_in_batch, 0., self.accelerator.sync_gradients
+        share, total = self.accelerator.num_processes / num_items_in_batch, 0.
+        sync, last = self.accelerator.sync_gradients, len(inputs["pieces"]) - 1
         for i, piece in enumerate(inputs["pieces"]):
-            with self.piece_context(model, sync and i == len(inputs["pieces"]) - 1):
+            with self.piece_context(model, sync and i == last):
                 part = self.objective(model, piece) * share
                 self.accelerator.backward(part, **self.backward_settings)
             total = total + part.detach()
@@ -557,13 +589,6 @@ class PieceTrainer(StepTrainer):
         self.count(pair_metrics(loss, chosen, rejected, inputs, self.means))
         return torch.where(inputs["real"] > 0, aim, 0.).sum()
 
-    def pulled(self, inputs):
-        "The loss as it was found for the whole step, and its pull on these pairs."
-        here = slice(self.at, self.at + len(inputs["real"])); self.at = here.stop
-        held = {k: v[here] for k, v in self.held.items()}
-        pull = sum(held[k] * inputs[k] for k in PULLED)
-        return held["loss"], held["chosen"], held["rejected"], inputs["weight"] * held["loss"] + pull - pull.detach()
-
 # %% ../nbs/10_trainer.ipynb #b186ea46
 def check_first_loss(
     args:DPOConfig, # settings
@@ -575,22 +600,24 @@ def check_first_loss(
     loss = mixed_loss(args, inputs | {"offset": torch.zeros_like(inputs["offset"])})[0].mean().item()
     near = .05 if args.bf16 or args.fp16 or inputs["weight"].dtype.itemsize < 4 else 1e-3
     if not abs(loss - expected) <= near * max(1., abs(expected)):
-        raise Refusal(f"the first batch costs {loss:.4f} where policy = reference must cost {expected:.4f}: the reference is not the policy's "
-                      "starting point; leave ref_model out, or set other_reference=True if another model is meant")
+        raise Refusal(f"the first batch costs {loss:.4f} where policy = reference must cost {expected:.4f}: the reference is not "
+                      "the policy's starting point; leave ref_model out, or set other_reference=True if another model is meant")
 
 class GuardTrainer(PieceTrainer):
     "Stops before a step that would break the weights."
     def check_step(self, model)->None:
         "Are all losses and gradients of this step finite?"
         losses, self.step_losses = self.step_losses, []
-        grads = {n: p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for n, p in model.named_parameters() if p.grad is not None}
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        grads = {n: g.to_local() if hasattr(g, "to_local") else g for n, g in grads.items()}
         if self.is_deepspeed_enabled: return   # the engine has taken its step already
         if not grads: raise Refusal("no trainable tensor received a gradient: nothing would be learned")
         looked = [] if self.args.fp16 else list(grads.values())   # the scaler answers for float16
         fine = torch.stack([x.isfinite().all() for x in looked + [l for _, l in losses]])
         if not self.add_up([(~fine).sum()])[0]: return
         rows = [r.id for rs, l in losses for r, ok in zip(rs, l.isfinite().tolist()) if not ok]
-        where = f"the loss of row {', '.join(rows)}" if rows else "the gradient of " + next((n for n, g in grads.items() if not g.isfinite().all()), "another process")
+        broken = [n for n, g in grads.items() if not g.isfinite().all()] or ["another process"]
+        where = f"the loss of row {', '.join(rows)}" if rows else f"the gradient of {broken[0]}"
         raise Refusal(f"step {self.state.global_step + 1}: {where} is not finite; the step was not taken", 3)
 
 # %% ../nbs/10_trainer.ipynb #39e83494
@@ -643,7 +670,8 @@ class EvalTrainer(LogTrainer):
         was = self.model.training; self.model.eval()
         pieces = [b for group in self.shares(rows) for b in self.pieces(group)] or self.pieces([self.filler])
         every, _ = self.collect(self.even(pieces))
-        sums = pair_metrics(*mixed_loss(self.args, {k: v[every["real"] > 0] for k, v in every.items()}), {k: v[every["real"] > 0] for k, v in every.items()}, self.means)
+        pairs = {k: v[every["real"] > 0] for k, v in every.items()}
+        sums = pair_metrics(*mixed_loss(self.args, pairs), pairs, self.means)
         if self.args.generate_samples: self.show_samples(rows, metric_key_prefix)
         self.model.train(was)
         if self.clock: self.clock += time.perf_counter() - began
@@ -687,7 +715,8 @@ class SampleTrainer(CoverTrainer):
         "Answer the first prompts of a set; file and trackers get the text."
         if self.args.process_index and not self.sharded: return
         with self.accelerator.autocast():
-            said = sample_replies(self.model_wrapped if self.sharded else self.model, self.processing_class, rows[:self.args.generate_samples], self.args.generate_tokens)
+            model = self.model_wrapped if self.sharded else self.model
+            said = sample_replies(model, self.processing_class, rows[:self.args.generate_samples], self.args.generate_tokens)
         if self.args.process_index: return
         step = self.state.global_step
         with open(Path(self.args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as f:
@@ -708,16 +737,20 @@ class CardTrainer(SampleTrainer):
         "What a resumed run must share with the one it goes on with."
         a = self.args
         losses = {n: settings_of(get_loss(n), a) for n in a.loss_type}
-        return dict(data=data_hash(self.rows), order_seed=self.order.seed, seed=a.seed, beta=a.beta, losses=losses, loss_weights=a.loss_weights, use_weighting=a.use_weighting,
-                    tokenizer=tokenizer_hash(self.processing_class), batch=a.per_device_train_batch_size, accumulation=a.gradient_accumulation_steps, world_size=a.world_size,
-                    max_steps=a.max_steps, epochs=a.num_train_epochs, reference=dict(mode=self.mode, **self.start_identity),
-                    moving=[a.ref_model_mixup_alpha, a.ref_model_sync_steps] if a.sync_ref_model else None, layout=self.layout, versions=versions())
+        moving = [a.ref_model_mixup_alpha, a.ref_model_sync_steps] if a.sync_ref_model else None
+        return dict(data=data_hash(self.rows), tokenizer=tokenizer_hash(self.processing_class), order_seed=self.order.seed, seed=a.seed,
+                    beta=a.beta, losses=losses, loss_weights=a.loss_weights, use_weighting=a.use_weighting,
+                    batch=a.per_device_train_batch_size, accumulation=a.gradient_accumulation_steps, world_size=a.world_size,
+                    max_steps=a.max_steps, epochs=a.num_train_epochs, layout=self.layout,
+                    reference=dict(mode=self.mode, **self.start_identity), moving=moving, versions=versions())
 
     def write_card(self)->None:
         "The run's card: what was asked, what was read, what was kept."
         if self.args.process_index: return
-        card = dict(settings=self.args.to_dict(), identity=self.run_identity(), reference=self.reference.describe() if self.reference else "none: the loss has no reference",
-                    layout=self.layout, why_padded=self.why_padded, together=self.note_together(), rows={k: dict(rows_in=c.rows_in, **c.by) for k, c in self.counts.items()})
+        said = self.reference.describe() if self.reference else "none: the loss has no reference"
+        rows = {k: dict(rows_in=c.rows_in, **c.by) for k, c in self.counts.items()}
+        card = dict(settings=self.args.to_dict(), identity=self.run_identity(), reference=said, layout=self.layout,
+                    why_padded=self.why_padded, together=self.note_together(), rows=rows)
         write_atomic(Path(self.args.output_dir) / "run_card.json", json.dumps(card, indent=1, default=str))
 
     def note_together(self)->str|None:
@@ -735,10 +768,13 @@ class StateTrainer(CardTrainer):
     def load_extra_state(self, tensors:dict)->None:
         if self.mode == "moving": self.reference.load_state(tensors)
 
+# %% ../nbs/10_trainer.ipynb #90e42377
+class BesideTrainer(StateTrainer):
+    "Keeps that state in a file beside each checkpoint."
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        if self.args.should_save and (extra := self.extra_state()):
-            save_file(extra, Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / "extra_state.safetensors")
+        extra, folder = self.extra_state(), Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if extra and self.args.should_save: save_file(extra, folder / "extra_state.safetensors")
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         "As `Trainer`'s: the reference first, then its state where a run goes on."
@@ -755,7 +791,7 @@ CARD = ["---", "library_name: {library}", "tags: [{tags}]", "---", "# {name}", "
         "{base} trained with Direct Preference Optimization (arXiv:2305.18290) on {pairs} pairs of preferences{data}, using `dpo_literate`.",
         "", "| | |", "|---|---|", "{table}", ""]
 
-class ModelCardTrainer(StateTrainer):
+class ModelCardTrainer(BesideTrainer):
     "A model card with what was done, and what came of it."
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **_):
         "Write README.md beside the model."
@@ -763,10 +799,13 @@ class ModelCardTrainer(StateTrainer):
         a, last = self.args, {k: v for h in self.state.log_history for k, v in h.items()}
         tags = ["dpo", *([tags] if isinstance(tags, str) else tags or [])]
         seen = {k: f"{last[k]:.4g}" for k in ("eval_loss", "eval_rewards/accuracies", "rewards/margins") if k in last}
-        rows = dict(loss=", ".join(a.loss_type), beta=a.beta, learning_rate=a.learning_rate, steps=self.state.global_step, seed=a.seed, **seen)
+        rows = dict(loss=", ".join(a.loss_type), beta=a.beta, learning_rate=a.learning_rate,
+                    steps=self.state.global_step, seed=a.seed, **seen)
         base = str(unwrapped(self.model).name_or_path or type(unwrapped(self.model)).__name__)
-        text = "\n".join(CARD).format(library="peft" if hasattr(self.model, "peft_config") else "transformers", tags=", ".join(tags), base=base, pairs=len(self.rows), name=model_name or Path(a.output_dir).name,
-                           data=f" ({dataset_name})" if dataset_name else "", table="\n".join(f"| {k} | {v} |" for k, v in rows.items()))
+        library = "peft" if hasattr(self.model, "peft_config") else "transformers"
+        text = "\n".join(CARD).format(library=library, tags=", ".join(tags), base=base, pairs=len(self.rows),
+            name=model_name or Path(a.output_dir).name, data=f" ({dataset_name})" if dataset_name else "",
+            table="\n".join(f"| {k} | {v} |" for k, v in rows.items()))
         write_atomic(Path(a.output_dir) / "README.md", text)
 
 # %% ../nbs/10_trainer.ipynb #efc7e97e
@@ -792,7 +831,8 @@ def check_policy(model, ref_model)->None:
     "Refuse a policy that could not learn, or whose reference would learn with it."
     from peft.tuners.tuners_utils import BaseTunerLayer
     if isinstance(ref_model, (str, Path)): raise Refusal("ref_model is a name: load it with load_model and pass the model")
-    if not any(p.requires_grad for p in model.parameters()): raise Refusal("no tensor of the model is trainable: load an adapter with is_trainable=True, or pass peft_config")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise Refusal("no tensor of the model is trainable: load an adapter with is_trainable=True, or pass peft_config")
     shared = ["all"] if ref_model is model else shared_storage(model, ref_model) if ref_model is not None else []
     if shared: raise Refusal(f"the reference shares its memory with the policy ({shared[0]}): pass a copy, or None")
     head = unwrapped(model).get_output_embeddings()
@@ -802,8 +842,10 @@ def check_policy(model, ref_model)->None:
 
 def check_ids(rows:list, model)->None:
     "Every token must have a row in the embedding."
-    most, size = max(max(map(max, filter(None, (r.prompt_ids, r.chosen_ids, r.rejected_ids)))) for r in rows), unwrapped(model).get_input_embeddings().weight.shape[0]
-    if most >= size: raise Refusal(f"token {most} is beyond the model's {size} embeddings: the tokenizer is not this model's, or resize_token_embeddings was forgotten")
+    size = unwrapped(model).get_input_embeddings().weight.shape[0]
+    most = max(max(part, default=0) for r in rows for part in (r.prompt_ids, r.chosen_ids, r.rejected_ids))
+    if most >= size: raise Refusal(f"token {most} is beyond the model's {size} embeddings: the tokenizer is not this model's, "
+                                   "or resize_token_embeddings was forgotten")
 
 # %% ../nbs/10_trainer.ipynb #e12270aa
 UNUSED = dict(data_collator="rows are laid out by layout and capacity", compute_metrics="read the eval_ metrics, or add a callback")
@@ -818,8 +860,34 @@ def check_arguments(args, train_dataset, **given)->None:
     if not args.disable_dropout and any(get_loss(n).batch_dependent for n in args.loss_type):
         raise Refusal(f"loss {', '.join(args.loss_type)} is read twice a step, which dropout would make two different readings: leave disable_dropout on")
 
-# %% ../nbs/10_trainer.ipynb #5e1a306d
-class DPOTrainer(ModelCardTrainer):
+# %% ../nbs/10_trainer.ipynb #e3dd3631
+class PreparedTrainer(ModelCardTrainer):
+    "What is known before there is a `Trainer`."
+    def encode(self, train, evals, tokenizer, args):
+        "Rows of the training set and of the evaluation sets, counted."
+        self.counts = {}
+        limit = max(args.max_steps, 0) * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows, self.counts["train"] = prepare_rows(train, tokenizer, args, limit)
+        check_columns(rows, args)
+        if evals is None: return rows, None
+        sets = evals if isinstance(evals, dict) else {"": evals}
+        made = {}
+        for name, data in sets.items(): made[name], self.counts[f"eval {name}".strip()] = prepare_rows(data, tokenizer, args)
+        return rows, made if isinstance(evals, dict) else made[""]
+
+    def remember(self, args, policy, ref_model):
+        "The policy as it starts, and what its loss will ask."
+        if args.disable_dropout: no_dropout(policy)
+        losses = [get_loss(n) for n in args.loss_type]
+        self.mode, self.ref_model = reference_mode(args, policy, ref_model), ref_model
+        self.start_identity = model_identity(policy if ref_model is None else ref_model)
+        self.together = any(l.batch_dependent for l in losses)
+        self.means = any(l.quantity == "mean" for l in losses)
+        self.checked, self.held = False, None
+        self.clear_log()
+
+# %% ../nbs/10_trainer.ipynb #eb9a12ec
+class DPOTrainer(PreparedTrainer):
     "Direct preference optimization on `transformers.Trainer` (arXiv:2305.18290)."
     def __init__(self,
         model,                 # name, folder, model or PeftModel
@@ -837,29 +905,13 @@ class DPOTrainer(ModelCardTrainer):
         rows, evals = self.encode(train_dataset, eval_dataset, tokenizer, args)
         policy = make_policy(model, args, peft_config, quantization_config)
         check_policy(policy, ref_model); check_ids(rows, policy)
-        if args.disable_dropout: no_dropout(policy)
-        self.mode, self.ref_model = reference_mode(args, policy, ref_model), ref_model
-        self.start_identity = model_identity(policy if ref_model is None else ref_model)
-        losses = [get_loss(n) for n in args.loss_type]
-        self.together, self.means = any(l.batch_dependent for l in losses), any(l.quantity == "mean" for l in losses)
-        self.checked, self.held = False, None; self.clear_log()
+        self.remember(args, policy, ref_model)
         super().__init__(model=policy, args=args, data_collator=as_batch, train_dataset=self.set_rows(rows, args),
                          eval_dataset=evals, processing_class=tokenizer, callbacks=callbacks, optimizers=optimizers)
         self.model_accepts_loss_kwargs = True   # our loss is divided by N already
-        if self.mode in ("moving", "frozen", "adapter") and self.sharded: raise Refusal("a model in shards needs a reference that is read beforehand: leave precompute_ref_log_probs and sync_ref_model unset")
+        if self.sharded and self.mode in ("moving", "frozen", "adapter"):
+            raise Refusal("a model in shards needs a reference that is read beforehand: leave precompute_ref_log_probs and sync_ref_model unset")
         self.add_callback(StepGuard(self))
-
-    def encode(self, train, evals, tokenizer, args):
-        "Rows of the training set and of the evaluation sets, counted."
-        self.counts = {}
-        limit = max(args.max_steps, 0) * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        rows, self.counts["train"] = prepare_rows(train, tokenizer, args, limit)
-        check_columns(rows, args)
-        if evals is None: return rows, None
-        sets = evals if isinstance(evals, dict) else {"": evals}
-        made = {}
-        for name, data in sets.items(): made[name], self.counts[f"eval {name}".strip()] = prepare_rows(data, tokenizer, args)
-        return rows, made if isinstance(evals, dict) else made[""]
 
 # %% ../nbs/10_trainer.ipynb #bbead110
 def plot_log(

@@ -177,7 +177,7 @@ def test_what_the_table_says_is_what_happens(tmp_path):
 
 @pytest.mark.parametrize("setting,word", [
     (dict(beta=0), "beta"), (dict(beta=-1), "beta"), (dict(loss_type="sigmiod"), "sigmoid"), (dict(trust_remote_code=True), "never"), (dict(layout="flat"), "packed"),
-    (dict(ld_alpha=2.), "ld_alpha"), (dict(loss_weights=[1., 2.]), "loss_weights"), (dict(loss_type=[]), "empty"), (dict(loss_type=["sigmoid", "sigmoid"]), "twice"),
+    (dict(ld_alpha=2.), "ld_alpha"), (dict(loss_weights=[1., 2.]), "loss_weights"), (dict(loss_type=[]), "empty"), (dict(loss_type=["sigmoid", "sigmoid"]), "twice"), (dict(label_smoothing=.6), "label_smoothing"),
     (dict(ref_model_sync_steps=5), "sync_ref_model"), (dict(sync_ref_model=True, precompute_ref_log_probs=True), "moves"), (dict(sync_ref_model=True, ref_model_mixup_alpha=0.), "mixup"),
     (dict(loss_kwargs={"sigmoid": {"gamma": 1}}), "gamma"), (dict(loss_kwargs={"ipo_sum": {"beta": 1}}), "ipo_sum"), (dict(loss_kwargs={"sigmoid": {"beta": -1}}), "beta"),
     (dict(label_smoothing=.7), "label_smoothing"), (dict(loss_type="ipo_sum", label_smoothing=.1), "does nothing"), (dict(discopop_tau=.1), "does nothing"), (dict(f_divergence_type="js_divergence"), "does nothing"),
