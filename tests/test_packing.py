@@ -4,10 +4,11 @@ from collections import namedtuple
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_literate.logps import pad_rows, reply_logps
 from dpo_literate.models import tiny_model
-from dpo_literate.packing import bins, pack_rows, packed_reply_logps, pair_length, self_check
+from dpo_literate.packing import bins, pack_rows, packed_reply_logps, packing_error, pair_length, self_check
 from dpo_literate.results import Refusal
 
 NOISE = {"gemma2": 1e-5}   # its attention softmax is float32 whatever the model's dtype
@@ -63,11 +64,49 @@ def test_bins_are_deterministic_and_tight():
     with pytest.raises(Refusal, match="capacity 4"): pack_rows([Pair([1], [2, 3], [4, 5])], capacity=4)
 
 
-def test_a_model_that_cannot_is_found_out():
-    rows = random_pairs(random.Random(0), 4)
-    model = tiny_model("llama").double().eval()
-    assert self_check(model, rows) is None
+def deaf(model):
+    "A model that ignores its mask."
     forward = model.forward
-    def deaf(*a, attention_mask=None, **kw): return forward(*a, attention_mask=None, **kw)
-    model.forward = deaf
-    assert "packing would move" in self_check(model, rows)
+    model.forward = lambda *a, attention_mask=None, **kw: forward(*a, attention_mask=None, **kw)
+    return model
+
+
+PRECISIONS = {"float64": (torch.float64, False), "float32": (torch.float32, False), "bfloat16": (torch.bfloat16, False), "autocast": (torch.float32, True)}
+
+
+@pytest.mark.parametrize("kind", ("llama", "qwen2", "qwen3", "gpt2", "gemma2"))
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_model_that_cannot_is_found_out(kind, precision):
+    "No false alarm in any precision, and no sleep through a broken mask."
+    dtype, cast = PRECISIONS[precision]
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        for seed in range(4): assert self_check(tiny_model(kind).to(dtype), random_pairs(random.Random(seed), 4)) is None
+        assert "would move" in self_check(deaf(tiny_model(kind).to(dtype)), random_pairs(random.Random(0), 4))
+
+
+@pytest.mark.parametrize("kind", ("mistral", "qwen2", "gemma2", "gemma3_text"))
+def test_a_window_is_found_out_when_a_text_is_longer(kind):
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512)
+    window = dict(use_sliding_window=True, layer_types=["sliding_attention"] * 2) if kind == "qwen2" else {}
+    def model(width):
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=320, sliding_window=width, **shape, **window), dtype=torch.float32).eval()
+        with torch.no_grad(): [p.mul_(3) for p in made.parameters() if p.dim() > 1]
+        return made
+    rows = [Pair(list(range(3, 10)), [5, 2], [6, 2])] * 5 + [Pair(list(range(3, 20)), [5, 6, 7, 2], [8, 2])]
+    assert "would move" in self_check(model(8), rows) and self_check(model(64), rows) is None
+    assert self_check(model(16), rows[:5]) is None          # the long text is what counts
+
+
+def test_the_question_leaves_no_trace():
+    model, rows = tiny_model("llama").train(), random_pairs(random.Random(0), 4)
+    state = torch.get_rng_state()
+    with torch.no_grad(): before = reply_logps(model, pad_rows(rows)).sums
+    assert packing_error(model.to(torch.bfloat16), rows[:2])[1] > 0
+    assert model.training and torch.equal(state, torch.get_rng_state()) and not model.get_input_embeddings()._forward_hooks
+    with torch.no_grad(): assert torch.equal(before, reply_logps(tiny_model("llama"), pad_rows(rows)).sums)
+
+
+def test_kernels_without_a_mask_are_refused():
+    model = tiny_model("llama"); model.config._attn_implementation = "flash_attention_2"
+    assert "sdpa, eager or flex_attention" in self_check(model, random_pairs(random.Random(0), 2))

@@ -1,0 +1,92 @@
+"What each process of tests/test_distributed.py does: python two_processes.py FOLDER ddp|fsdp2, started twice by torchrun."
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+MODE = sys.argv[2] if len(sys.argv) > 2 else "one"
+if MODE == "fsdp2":
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_RESHARD_AFTER_FORWARD="true")
+
+import accelerate
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parent))
+import dpo_literate.trainer as module
+from dpo_literate.results import Refusal
+from dpo_literate.trainer import DPOTrainer
+from test_trainer import PAIRS, TOKENIZER, config, exact, lora, ranked
+
+if MODE == "fsdp2":   # accelerate takes FSDP for GPUs only; the sharding itself runs on gloo
+    begin = accelerate.state.AcceleratorState.__init__
+    def on_cpu(self, *args, fsdp_plugin=None, **more):
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **more)
+        if fsdp_plugin is not None: self.distributed_type, self.fsdp_plugin = accelerate.utils.DistributedType.FSDP, fsdp_plugin
+    accelerate.state.AcceleratorState.__init__ = on_cpu
+    def arrived(v):
+        if hasattr(v, "full_tensor"): v = v.full_tensor()
+        return v.wait() if hasattr(v, "wait") else v
+    whole = accelerate.Accelerator.get_state_dict   # a copy to the CPU waits for what is still on its way; from the CPU there is no copy
+    accelerate.Accelerator.get_state_dict = lambda self, *args, **more: {k: arrived(v) for k, v in whole(self, *args, **more).items()}
+
+
+def pairs(n): return [dict(PAIRS[i % 7], id=str(i), rejected=f"no {'sat ' * (i % 5)}{i}", weight=1. + i % 2) for i in range(n)]
+def plain(data): return [{k: v for k, v in p.items() if k != "weight"} for p in data]
+
+
+CASES = dict(   # rows, pairs of a process, accumulation, settings
+    odd=(7, 2, 1, {}), one_row=(1, 2, 1, {}), tight=(9, 1, 3, dict(capacity=42)), padded=(9, 2, 2, dict(layout="padded")), ranked=(7, 2, 1, dict(loss_type="ranked")),
+    checkpointing=(7, 2, 1, dict(gradient_checkpointing=True)))
+COPIES = dict(adapter=(7, 2, 1, dict(precompute_ref_log_probs=False)), frozen=(7, 2, 1, dict(precompute_ref_log_probs=False)), moving=(7, 2, 1, dict(sync_ref_model=True, ref_model_sync_steps=2)))   # not for a model in shards
+
+
+def run(folder, name, case, world):
+    "One training: its weights, log, evaluation, and the rows this process read."
+    n, micro, accumulation, settings = case
+    seen, writes, real, write = [], [], DPOTrainer.objective, module.write_atomic
+    DPOTrainer.objective = lambda self, model, piece: (seen.extend(r.id for r in piece.rows), real(self, model, piece))[1]
+    module.write_atomic = lambda path, text: (writes.append(str(path)), write(path, text))[1]
+    torch.manual_seed(0)
+    model = lora(exact("llama")) if name == "adapter" else exact("llama")
+    data = plain(pairs(n)) if name == "ranked" else pairs(n)
+    try:
+        t = DPOTrainer(model, args=config(folder / name, per_device_train_batch_size=micro * 2 // world, gradient_accumulation_steps=accumulation, num_train_epochs=2, per_device_eval_batch_size=4 if world > 1 else 1, **settings),
+                       train_dataset=data, eval_dataset=dict(same=data, three=data[:3], one=data[:1]), processing_class=TOKENIZER)
+        t.remove_callback(transformers.PrinterCallback)
+        t.train()
+        seen_ = list(seen)
+        metrics = {k: v for k, v in t.evaluate().items() if "loss" in k or "/" in k}
+        if name == "odd": t.save_model(str(folder / name / "model"))
+    finally: DPOTrainer.objective, module.write_atomic = real, write
+    weights = {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().clone() for k, v in t.accelerator.unwrap_model(t.model).named_parameters()}
+    log = [{k: v for k, v in h.items() if k not in ("tokens_per_second",)} for h in t.state.log_history if "loss" in h]
+    return dict(weights=weights, log=log, metrics=metrics, rows=seen_, writes=writes, layout=t.layout, world=t.args.world_size, kind=type(t.model_wrapped).__name__)
+
+
+def poisoned(folder):
+    "One row of one process is not a number: every process must stop, none may wait."
+    t = DPOTrainer(exact("llama"), args=config(folder / "nan", per_device_train_batch_size=2), train_dataset=pairs(8), processing_class=TOKENIZER)
+    if not t.sharded:
+        t.prepare_reference()
+        t.reference.table[t.rows[t.order.__iter__().__next__()].key] = (math.nan, 0.); t.checked = True
+    else: return "not here"
+    try: t.train()
+    except Refusal as why: return f"{why.code} {why}"
+    return "went on"
+
+
+def main():
+    transformers.logging.set_verbosity_error()
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    for name, case in (CASES | (COPIES if MODE == "ddp" else {})).items():
+        if name == "ranked":
+            with ranked(): found = run(folder, name, case, 2)
+        else: found = run(folder, name, case, 2)
+        torch.save(found, folder / f"{name}.{rank}.pt")
+    (folder / f"nan.{rank}.json").write_text(json.dumps(poisoned(folder)))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__": main()
