@@ -99,7 +99,7 @@ def rest_of_two(
     "The lowest place where the gradient turns from falling to rising."
     ref, found = torch.full((2,), .5, dtype=torch.float64).log(), []
     at = lambda x: push(loss, x, ref, n, wins, losses, **settings)
-    grid = torch.linspace(-12.05, 12, 120).tolist()
+    grid = torch.linspace(-24.05, 24, 240).tolist()
     signs = [at(x)[1] for x in grid]
     for low, high, before, after in zip(grid, grid[1:], signs, signs[1:]):
         if before < 0 <= after:
@@ -117,7 +117,7 @@ def rest_of_three(
     **settings,
 )->tuple[float,float]:  # rewards of A and B at rest (log-odds)
     "Minimise over the logits of three replies, the third never compared."
-    ref = torch.tensor([.1, .1, .8], dtype=torch.float64).log()
+    ref = torch.tensor([.02, .02, .96], dtype=torch.float64).log()
     logits = ref.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([logits], max_iter=400, tolerance_grad=1e-11, tolerance_change=1e-16, line_search_fn="strong_wolfe")
     def closure():

@@ -136,7 +136,7 @@ def beta_dpo_loss(
 )->tuple[Tensor,Tensor,Tensor]: # loss, chosen reward, rejected reward, all (B,)
     "DPO with a β for each batch (arXiv:2407.08639)."
     gap = chosen_logratio - rejected_logratio
-    β = (beta * (1 + beta_scale * (gap.detach().mean() - gap_mean))).clamp(min=1e-3)
+    β = (beta * (1 + beta_scale * (gap.detach().mean(-1, keepdim=True) - gap_mean))).clamp(min=1e-3)
     return -F.logsigmoid(β * gap), β * chosen_logratio, β * rejected_logratio
 
 # %% ../nbs/20a_departures.ipynb #28cfd8e2
@@ -177,7 +177,7 @@ def aot_loss(
     gap, order = (policy_chosen_logps - policy_rejected_logps).sort()
     loss = _smoothed(beta * (gap - (ref_chosen_logps - ref_rejected_logps).sort().values), label_smoothing)
     w, l = rewards(policy_chosen_logps - ref_chosen_logps, policy_rejected_logps - ref_rejected_logps, beta)
-    return torch.zeros_like(loss).index_copy(0, order, loss), w, l  # each pair its own share
+    return torch.zeros_like(loss).scatter(-1, order, loss), w, l  # each pair its own share
 
 # %% ../nbs/20a_departures.ipynb #d503c658
 @register_loss("aot_unpaired", title="AOT, unpaired", source="arXiv:2406.05882", batch_dependent=True,
@@ -192,7 +192,7 @@ def aot_unpaired_loss(
     "First-order dominance of chosen over rejected rewards (arXiv:2406.05882)."
     w, order = chosen_logratio.sort()
     loss = _smoothed(beta * (w - rejected_logratio.sort().values), label_smoothing)
-    return torch.zeros_like(loss).index_copy(0, order, loss), *rewards(chosen_logratio, rejected_logratio, beta)
+    return torch.zeros_like(loss).scatter(-1, order, loss), *rewards(chosen_logratio, rejected_logratio, beta)
 
 # %% ../nbs/20a_departures.ipynb #e58429ad
 def kto_kl(
