@@ -141,16 +141,17 @@ def one_run(args, loss, beta, seed, train_set, held):
     return out | (generated(args, trainer.model, tokenizer, seed) if args.prompts else {})
 
 
-def generated(args, model, tokenizer, seed):
-    "True reward of fresh replies and their distance from the reference, by the tools of page 11."
-    from dpo_literate.align import kl_per_reply, load_reward, sample, score, shipped_prompts, split_prompts
-    prompts = split_prompts(shipped_prompts())[1][:args.prompts]
-    model.eval()
-    replies = sample(model, tokenizer, prompts, per_prompt=2, limit=args.limit, seed=seed)
-    rewards = score(load_reward(args.reward), prompts, replies)
-    kl = kl_per_reply(model, tokenizer, prompts, replies)
-    def mean(x): return float(torch.as_tensor(x, dtype=torch.float64).mean())
-    return dict(reward=mean(rewards), kl=mean(kl))
+def generated(args, policy, tokenizer, seed):
+    "Reward of fresh replies and their distance from the reference, by the tools of page 11."
+    from dpo_literate.align import ask, kl_per_reply, load_reward, sample, score, split_prompts
+    from dpo_literate.models import load_model
+    prompts, ref = split_prompts()[1][:args.prompts], load_model(args.model).eval()
+    policy.eval()
+    replies = sample(policy, tokenizer, prompts, per_prompt=2, limit=args.limit, seed=seed)
+    rewards = score(load_reward(args.reward)[0], prompts, replies)
+    asked, said = [ask(p, tokenizer) for p in prompts for _ in range(2)], [r["ids"] for rs in replies for r in rs]
+    kl = torch.cat([kl_per_reply(policy, ref, asked[k:k + 8], said[k:k + 8], .7)[0] for k in range(0, len(asked), 8)])
+    return dict(reward=float(torch.tensor(rewards).double().mean()), kl=kl.double().mean().item(), length=sum(map(len, said)) / len(said))
 
 
 def scan(args):

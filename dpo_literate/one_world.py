@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONDITIONS', 'PRICE', 'TUNE', 'TEST', 'Arena', 'make_arena', 'Condition', 'Verdicts', 'look_alikes', 'ask', 'Method',
-           'methods', 'inputs_of', 'running', 'remember', 'train', 'measure', 'contest', 'recorded', 'against_dpo',
-           'table_figure']
+           'methods', 'inputs_of', 'averages', 'train', 'measure', 'contest', 'recorded', 'against_dpo', 'table_figure']
 
 # %% ../nbs/20c_one_world.ipynb #9c947f0d
 from dataclasses import dataclass, field
@@ -117,32 +116,27 @@ def methods(
 def inputs_of(
     logps:Tensor, ref:Tensor,  # policy and reference, shapes (G,S,N,K) and (S,N,K) or (G,S,N,K)
     arena:Arena, verdicts:Verdicts,
-    paired:bool=True,          # pairs, or their replies one by one
-    good:float=1.,             # share of the good replies that are kept (unpaired only)
-)->dict[str,Tensor]:           # of `INPUTS`, shape (G,S,n)
-    "What a loss may ask for, of all worlds and all settings at once."
-    flat, wide = logps.flatten(-2), lambda t: t.expand(*logps.shape[:2], -1)
-    same, n = ref.flatten(-2).expand(flat.shape), wide(arena.lengths.flatten(-2))
-    spread = (logps - (2 * logps).logsumexp(-1, keepdim=True)).detach().flatten(-2)  # (20a.2), a reply being one token
+    good:float=1.,             # share of the good replies that are kept (losses on single replies)
+)->dict:                       # name of `INPUTS` -> how to make it, shape (G,S,n)
+    "What a loss may ask for, of all worlds and all settings at once; made when it is asked for."
+    wide = lambda t: t.expand(*logps.shape[:2], t.shape[-1])
     w, l = wide(verdicts.chosen), wide(verdicts.rejected)
-    if paired: return dict(
-        policy_chosen_logps=flat.gather(-1, w), policy_rejected_logps=flat.gather(-1, l), ref_chosen_logps=same.gather(-1, w), ref_rejected_logps=same.gather(-1, l),
-        chosen_lengths=n.gather(-1, w), rejected_lengths=n.gather(-1, l), chosen_wpo=spread.gather(-1, w), rejected_wpo=spread.gather(-1, l))
-    w = w[..., :round(good * w.shape[-1])]
-    both = torch.cat([w, l], -1)
-    return dict(policy_logps=flat.gather(-1, both), ref_logps=same.gather(-1, both), label=torch.arange(both.shape[-1]) < w.shape[-1])
+    both = torch.cat([w[..., :round(good * w.shape[-1])], l], -1)
+    pick = lambda table, index: lambda: wide(table.flatten(-2)).gather(-1, index)
+    spread = lambda index: lambda: pick((logps - (2 * logps).logsumexp(-1, keepdim=True)).detach(), index)()  # (20a.2), a reply being one token
+    out = {f"{side}_lengths": pick(arena.lengths, i) for side, i in (("chosen", w), ("rejected", l))}
+    for side, i in (("_chosen", w), ("_rejected", l), ("", both)):
+        out |= {f"policy{side}_logps": pick(logps, i), f"ref{side}_logps": pick(ref, i), f"{side[1:]}_wpo": spread(i)}
+    return out | dict(label=lambda: torch.arange(both.shape[-1]) < both.shape[-1] - l.shape[-1], kl=lambda: kl(logps, ref).mean(-1, keepdim=True).detach())
 
-# %% ../nbs/20c_one_world.ipynb #afe2c7b0
-def running(means, logps, ref, step): # what `Baselines` and `kto_kl` supply in a trainer; here the KL is a sum
-    zero = torch.zeros(*logps.shape[:2], 1, dtype=logps.dtype)
-    return dict(gap_mean=means.get("gap_mean", zero), reward_mean=means.get("reward_mean", zero), kl=kl(logps, ref).mean(-1, keepdim=True).detach())
-
-def remember(means, inputs, rewards, decay=.9):
-    "Means over a batch, as `Baselines` keeps them, one for each setting and seed."
-    new = {"reward_mean": sum(r.detach().mean(-1, keepdim=True) for r in rewards) / len(rewards)}
-    if "policy_chosen_logps" in inputs:
-        new["gap_mean"] = (inputs["policy_chosen_logps"] - inputs["ref_chosen_logps"] - inputs["policy_rejected_logps"] + inputs["ref_rejected_logps"]).detach().mean(-1, keepdim=True)
-    means |= {k: decay * means[k] + (1 - decay) * v if k in means else v for k, v in new.items()}
+# %% ../nbs/20c_one_world.ipynb #524fd7ab
+def averages(means:dict, inputs:dict, rewards:list, decay:float=.9)->dict: # what `Baselines` keeps in a trainer, one for each setting and seed
+    "Running means of a batch's rewards and gaps."
+    new = dict(reward_mean=sum(r.detach().mean(-1, keepdim=True) for r in rewards) / len(rewards))
+    if "policy_chosen_logps" in inputs and "ref_chosen_logps" in inputs:
+        gap = inputs["policy_chosen_logps"] - inputs["ref_chosen_logps"] - inputs["policy_rejected_logps"] + inputs["ref_rejected_logps"]
+        new["gap_mean"] = gap.detach().mean(-1, keepdim=True)
+    return {k: decay * means[k] + (1 - decay) * v if k in means else v for k, v in new.items()}
 
 # %% ../nbs/20c_one_world.ipynb #5a76b872
 def train(
@@ -157,16 +151,18 @@ def train(
     shape = arena.ref_logps.shape if arena.features is None else (*arena.ref_logps.shape[:2], arena.features.shape[-1])
     theta = torch.zeros(G, *shape, dtype=torch.float64, requires_grad=True)
     moved = lambda: theta if arena.features is None else torch.einsum("snkd,gsnd->gsnk", arena.features, theta)
-    optimizer, ref, means = torch.optim.Adam([theta], lr=lr), arena.ref_logps, {}
+    optimizer, ref, zero = torch.optim.Adam([theta], lr=lr), arena.ref_logps, torch.zeros(1, dtype=torch.float64)
+    means = {}
     for step in range(steps):
         logps = (arena.ref_logps + moved()).log_softmax(-1)
         if method.mix and step and step % 100 == 0: ref = (method.mix * logps + (1 - method.mix) * ref).log_softmax(-1).detach()
-        inputs = inputs_of(logps, ref, arena, verdicts, loss.paired, good) | running(means, logps, ref, step)
+        make = inputs_of(logps, ref, arena, verdicts, good)
+        inputs = {k: make[k]() for k in loss.needs if k in make} | {k: means.get(k, zero) for k in loss.needs if k in ("gap_mean", "reward_mean")}
         value, *rewards = loss.fn(**arguments_of(loss, inputs, hyper), **plain)
         optimizer.zero_grad()
         value.mean(-1).sum().backward()
         optimizer.step()
-        remember(means, inputs, rewards)
+        if {"gap_mean", "reward_mean"} & set(loss.needs): means |= averages(means, inputs, rewards)
     return (arena.ref_logps + moved()).log_softmax(-1).detach()
 
 # %% ../nbs/20c_one_world.ipynb #efea8e35
