@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONDITIONS', 'PRICE', 'TUNE', 'TEST', 'Arena', 'make_arena', 'Condition', 'Verdicts', 'look_alikes', 'ask', 'Method',
-           'methods', 'inputs_of', 'averages', 'train', 'measure', 'contest', 'recorded', 'against_dpo', 'table_figure']
+           'methods', 'inputs_of', 'averages', 'train', 'measure', 'contest', 'recorded', 'against_dpo', 'table_figure',
+           'advice', 'chooser_figure']
 
 # %% ../nbs/20c_one_world.ipynb #9c947f0d
 from dataclasses import dataclass, field
@@ -225,4 +226,33 @@ def table_figure(
                     fontweight="bold" if low * high > 0 else "normal")
     ax.set(xticks=range(len(races)), yticks=range(len(names)), title="Regret against DPO's in the same worlds (bold: not chance)")
     ax.set_xticklabels(races); ax.set_yticklabels(names, fontsize=8); ax.grid(False)
+    return finish(fig)
+
+# %% ../nbs/20c_one_world.ipynb #2925fc7b
+def advice(
+    races:dict, condition:str,
+    n:int=3,                    # how many to name
+)->list[tuple]:                 # name, then its lead over DPO in the worlds it was not picked in: mean, low, high
+    "The best of half of the worlds, judged in the other half."
+    half, rows = len(TEST) // 2, races[condition]
+    picked = sorted(rows, key=lambda m: sum(rows[m]["regret"][:half]))[:n]
+    gaps = {m: torch.tensor(rows["sigmoid"]["regret"][half:]) - torch.tensor(rows[m]["regret"][half:]) for m in picked}
+    return [(m, g.mean().item(), *bootstrap_interval(g)) for m, g in gaps.items()]
+
+# %% ../nbs/20c_one_world.ipynb #58527459
+def chooser_figure(
+    races:dict, # from `recorded`
+):              # a figure
+    "Which loss for my data? A question a row, three answers with what they are worth."
+    fig, ax = new_fig(width=8.4, height=6)
+    for i, condition in enumerate(races):
+        for j, (name, gap, low, high) in enumerate(advice(races, condition)):
+            y, shade = i + .24 * (j - 1), COLORS["policy" if low > 0 else "muted"]
+            ax.plot([low, high], [y, y], color=shade, lw=2)
+            ax.plot(gap, y, "o", color=shade, ms=5)
+            ax.text(max(high, 0) + .02, y, name, va="center", fontsize=8)
+    ax.axvline(0, color=COLORS["ref"], lw=.8)
+    ax.set(yticks=range(len(races)), xlabel="regret saved against DPO (units of reward; 95 % over five worlds)", title="Which loss for my data?")
+    ax.set_yticklabels([f"{c}:\n{CONDITIONS[c].about}" for c in races], fontsize=8)
+    ax.invert_yaxis(); ax.margins(x=.12)
     return finish(fig)
