@@ -49,7 +49,7 @@ INPUTS = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "r
           "policy_logps", "ref_logps", "label", "kl", "reward_mean")
 
 # %% ../nbs/04_losses.ipynb #49d98a3d
-DERIVED:dict[str,tuple] = {}  # name -> the inputs it is made of, and how; φ is the identity until (4.6)
+DERIVED:dict[str,tuple] = {}  # name -> the inputs it is made of, and how; φ is the identity until (4.5)
 
 for _side in ("chosen", "rejected"):
     _policy, _ref, _n = f"policy_{_side}_logps", f"ref_{_side}_logps", f"{_side}_lengths"
@@ -110,7 +110,7 @@ class Loss:
     relations:tuple[str,...]=()  # what leaves it as it is, of `certificates.RELATIONS`
     batch_dependent:bool=False   # do the pairs of a batch act on each other?
     quantity:str="sum"           # the log-probability its rewards are made of: "sum" or "mean"
-    divergence:bool=False        # may the log-ratio be replaced by (4.6)?
+    divergence:bool=False        # may the log-ratio be replaced by (4.5)?
 
     @property
     def reference(self)->bool: return any(name.startswith("ref_") for name in self.needs)

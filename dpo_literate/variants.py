@@ -118,7 +118,7 @@ def discopop_loss(
     loss = -(-m / discopop_tau).sigmoid() * F.logsigmoid(m) + (F.logsigmoid(m / discopop_tau) - m).exp()
     return loss, chosen_reward, rejected_reward
 
-# %% ../nbs/20_variants.ipynb #75b8403b
+# %% ../nbs/20_variants.ipynb #9fb0c379
 @register_loss("nca_pair", title="NCA", source="arXiv:2402.05369",
     formula=r"-\log\sigma(\hat r_w)-\tfrac12\log\sigma(-\hat r_w)-\tfrac12\log\sigma(-\hat r_l)", at_init=lambda **_: 2 * math.log(2),
     slope=lambda beta=.01, **_: (-beta / 4, beta / 4),
@@ -132,7 +132,7 @@ def nca_loss(
     w, l = rewards(chosen_logratio, rejected_logratio, beta)
     return -F.logsigmoid(w) - .5 * F.logsigmoid(-w) - .5 * F.logsigmoid(-l), w, l
 
-# %% ../nbs/20_variants.ipynb #62f78671
+# %% ../nbs/20_variants.ipynb #8a035078
 @register_loss("bco_pair", title="BCO on pairs, no shift", source="arXiv:2404.04656",
     formula=r"-\log\sigma(\hat r_w)-\log\sigma(-\hat r_l)", at_init=lambda **_: 2 * math.log(2),
     slope=lambda beta=.01, **_: (-beta / 2, beta / 2),
@@ -146,7 +146,7 @@ def bco_pair_loss(
     w, l = rewards(chosen_logratio, rejected_logratio, beta)
     return -F.logsigmoid(w) - F.logsigmoid(-l), w, l
 
-# %% ../nbs/20_variants.ipynb #01489ca4
+# %% ../nbs/20_variants.ipynb #ed05d49c
 @register_loss("sppo_hard", title="SPPO, hard labels", source="arXiv:2405.00675",
     formula=r"(u_w-\tfrac1{2\beta})^2+(u_l+\tfrac1{2\beta})^2", at_init=lambda beta=.001, **_: 1 / (2 * beta**2),
     slope=lambda beta=.001, **_: (-1 / beta, 1 / beta),
@@ -160,7 +160,7 @@ def sppo_loss(
     loss = (chosen_logratio - 1 / (2 * beta))**2 + (rejected_logratio + 1 / (2 * beta))**2
     return loss, *rewards(chosen_logratio, rejected_logratio, beta)
 
-# %% ../nbs/20_variants.ipynb #c7fb7b91
+# %% ../nbs/20_variants.ipynb #e4869e2f
 @register_loss("cal_dpo", title="Cal-DPO", source="arXiv:2412.14516",
     formula=r"-\log\sigma(\Delta)+\tfrac12(u_w-\tfrac1{2\beta})^2+\tfrac12(u_l+\tfrac1{2\beta})^2",
     at_init=lambda beta=.001, **_: math.log(2) + 1 / (4 * beta**2),
@@ -175,7 +175,7 @@ def cal_dpo_loss(
     squares, w, l = sppo_loss(chosen_logratio, rejected_logratio, beta)
     return -F.logsigmoid(chosen_logratio - rejected_logratio) + squares / 2, w, l
 
-# %% ../nbs/20_variants.ipynb #446e0a9f
+# %% ../nbs/20_variants.ipynb #08e1413c
 @register_loss("apo_zero", title="APO-zero", source="arXiv:2408.06266",
     formula=r"1-\sigma(\hat r_w)+\sigma(\hat r_l)", at_init=lambda **_: 1.,
     slope=lambda beta=.1, **_: (-beta / 4, beta / 4), optimum=lambda p, **_: math.inf,
@@ -188,7 +188,7 @@ def apo_zero_loss(
     w, l = rewards(chosen_logratio, rejected_logratio, beta)
     return (-w).sigmoid() + l.sigmoid(), w, l
 
-# %% ../nbs/20_variants.ipynb #984f056b
+# %% ../nbs/20_variants.ipynb #6f1a06a5
 @register_loss("apo_down", title="APO-down", source="arXiv:2408.06266",
     formula=r"\sigma(\hat r_w)+1-\sigma(\hat r_w-\hat r_l)", at_init=lambda **_: 1.,
     slope=lambda beta=.1, **_: (0., beta / 4), optimum=lambda p, **_: math.inf,
@@ -201,7 +201,7 @@ def apo_down_loss(
     w, l = rewards(chosen_logratio, rejected_logratio, beta)
     return w.sigmoid() + (l - w).sigmoid(), w, l
 
-# %% ../nbs/20_variants.ipynb #df33e81f
+# %% ../nbs/20_variants.ipynb #88b3e6cb
 def _dpop_slope(x, p, beta, penalty): # x = log π(A)/π(B) > 0, reference ½ each: B has lost log((1+e^x)/2)
     fine = 0. if x < 0 else penalty * (x + math.log1p(math.exp(-x)) - math.log(2))
     return (1 - p) * sigma(beta * (x + fine)) * (1 + penalty * sigma(x)) - p * sigma(-beta * x)
@@ -220,7 +220,7 @@ def dpop_loss(
     margin = beta * (chosen_logratio - rejected_logratio - penalty * F.relu(-chosen_logratio))
     return -F.logsigmoid(margin), *rewards(chosen_logratio, rejected_logratio, beta)
 
-# %% ../nbs/20_variants.ipynb #968ae492
+# %% ../nbs/20_variants.ipynb #44d7c5a0
 @register_loss("sigmoid_norm", title="DPO per token (Tülu 3)", source="arXiv:2411.15124", quantity="mean", divergence=True,
     formula=r"-\log\sigma\big(\beta(\bar u_w-\bar u_l)\big)", at_init=lambda **_: math.log(2),
     slope=lambda beta=5., n=(1, 1), **_: (-beta / 2 / n[0], beta / 2 / n[1]), optimum=lambda p, **_: log_odds(p),
@@ -233,7 +233,7 @@ def sigmoid_norm_loss(
     w, l = rewards(chosen_mean_logratio, rejected_mean_logratio, beta)
     return -F.logsigmoid(w - l), w, l
 
-# %% ../nbs/20_variants.ipynb #eccff232
+# %% ../nbs/20_variants.ipynb #dfa0e2d6
 def rest_with_margin(
     p:float,     # probability that the reply wins
     gamma:float, # margin asked for
@@ -243,7 +243,7 @@ def rest_with_margin(
     a, b, c = (1 - p) * math.exp(-gamma), 2 * p - 1, p * math.exp(-gamma)
     return math.log((b + math.sqrt(b * b + 4 * a * c)) / (2 * a))
 
-# %% ../nbs/20_variants.ipynb #7743530a
+# %% ../nbs/20_variants.ipynb #f111a35d
 @register_loss("simpo", title="SimPO", source="arXiv:2405.14734", quantity="mean",
     formula=r"-\log\sigma\big(\beta(\bar\ell_w-\bar\ell_l)-\gamma\big)", at_init=None,
     slope=lambda beta=2., gamma=1., n=(1, 1), **_: (-beta * sigma(gamma) / n[0], beta * sigma(gamma) / n[1]),
@@ -258,7 +258,7 @@ def simpo_loss(
     w, l = rewards(chosen_mean_logps, rejected_mean_logps, beta)
     return -F.logsigmoid(w - l - gamma), w, l
 
-# %% ../nbs/20_variants.ipynb #5547937c
+# %% ../nbs/20_variants.ipynb #bee3c4cc
 @register_loss("alphapo", title="AlphaPO", source="arXiv:2501.03884", quantity="mean",
     formula=r"-\log\sigma\big(\beta(a(\bar\ell_w)-a(\bar\ell_l))-\gamma\big),\ a(\ell)=(1-e^{-\alpha\ell})/\alpha", at_init=None,
     slope=lambda beta=2.5, gamma=.1, power=.25, n=(1, 1), logp=-1., **_:
@@ -274,7 +274,7 @@ def alphapo_loss(
     w, l = (-beta * capped_expm1(-power * mean) / power for mean in (chosen_mean_logps, rejected_mean_logps))
     return -F.logsigmoid(w - l - gamma), w, l
 
-# %% ../nbs/20_variants.ipynb #b525f4c1
+# %% ../nbs/20_variants.ipynb #681559eb
 @register_loss("r_dpo", title="R-DPO (length)", source="arXiv:2403.19159", at_init=None,
     formula=r"-\log\sigma\big(m+\alpha(n_w-n_l)\big)",
     slope=lambda beta=.1, length_penalty=.01, n=(1, 1), **_: tuple(s * beta * sigma(length_penalty * (n[1] - n[0])) for s in (-1, 1)),
