@@ -255,7 +255,8 @@ def extract_prompt(
         raise Refusal(f"{where}: chosen and rejected are identical")
     if len(chosen) != k + 1 or len(rejected) != k + 1:
         raise Refusal(f"{where}: chosen and rejected part at message {k + 1}, "
-                      "before the last turn; they must share every turn but the last")
+                      "before the last turn; they must share every turn "
+                      "but the last")
     if k == 0: raise Refusal(f"{where}: the two conversations share no message, "
                              "so there is no prompt")
     return chosen[:k], chosen[k:], rejected[k:]
@@ -590,7 +591,7 @@ def _faults(row, special):
     spells = lambda t: CONTROL.search(t) or any(s in t for s in special)
     return {"identical": row["chosen"] == row["rejected"],
             "empty reply": spoken and not (w and l),
-            "blank reply": spoken and "" not in (w, l) and "" in (w.strip(), l.strip()),
+            "blank reply": spoken and w and l and not (w.strip() and l.strip()),
             "empty prompt": not x.strip(),
             "control text": any(map(spells, (x, w, l))),
             "long": max(map(len, (x, w, l))) > 100_000}
@@ -670,7 +671,8 @@ def _table(audit, show=5):
     l = audit.lengths
     return "\n".join(lines + [
         f"  mean characters: chosen {l['chosen']:.0f}, "
-        f"rejected {l['rejected']:.0f}; chosen is longer in {100 * l['chosen_longer']:.0f} %"])
+        f"rejected {l['rejected']:.0f}; "
+        f"chosen is longer in {l['chosen_longer']:.0%}".replace("%", " %")])
 
 # %% ../nbs/05_preferences.ipynb #e05b0fd4
 def _refuse(audit, allow=()):
