@@ -73,9 +73,10 @@ def scored(
         targets += reply[skip:]
         owner += [i] * (len(reply) - skip)
         weights += (w or [1.] * len(reply))[skip:]
-    where, what, whom = (torch.tensor(x, dtype=torch.long) for x in (at, targets, owner))
+    def long(x): return torch.tensor(x, dtype=torch.long)
     weighted = any(w is not None for _, _, w in replies)
-    return where, what, whom, torch.tensor(weights) if weighted else None
+    weights = torch.tensor(weights) if weighted else None
+    return long(at), long(targets), long(owner), weights
 
 # %% ../nbs/07_logps.ipynb #990ddfe9
 def pad_rows(
@@ -203,7 +204,8 @@ def _forward(h, W, bias, targets, head):
 # %% ../nbs/07_logps.ipynb #9c4ec86d
 def _backward(g, h, W, bias, targets, lse, head, needed):
     "Formula (7.3) by slices of the vocabulary: gradients of h, W and bias."
-    def like(x, wanted): return torch.zeros_like(x, dtype=lse.dtype) if wanted else None
+    def like(x, wanted):
+        return torch.zeros_like(x, dtype=lse.dtype) if wanted else None
     dh, dW, db = map(like, (h, W, bias), needed)
     width = max(1, head.chunk * len(W) // len(h))           # the same size of table
     for s in _slices(len(W), width):
@@ -222,7 +224,8 @@ class _LinearLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, head):
         h, W = hidden.to(head.dtype), weight.to(head.dtype)
         logp, lse, unit, more = _forward(h, W, bias, targets, head)
-        ctx.head, ctx.like = head, [getattr(x, "dtype", None) for x in (hidden, weight, bias)]
+        ctx.head = head
+        ctx.like = [getattr(x, "dtype", None) for x in (hidden, weight, bias)]
         saved = (unit,) if head.ahead else (hidden, weight, bias, targets, lse)
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(*more.values())
@@ -235,7 +238,7 @@ class _LinearLogps(torch.autograd.Function):
             hidden, weight, *rest = ctx.saved_tensors
             h, W = hidden.to(ctx.head.dtype), weight.to(ctx.head.dtype)
             found = _backward(g, h, W, *rest, ctx.head, ctx.needs_input_grad)
-        grads = (None if x is None else x.to(like) for x, like in zip(found, ctx.like))
+        grads = [x if x is None else x.to(like) for x, like in zip(found, ctx.like)]
         return *grads, None, None
 
 # %% ../nbs/07_logps.ipynb #228055a5

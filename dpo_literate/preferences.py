@@ -287,6 +287,9 @@ def _fields(row, where):
                           "not text or messages")
         is_chat = isinstance(value, list)
         out[name] = _messages(value, where, name) if is_chat else value
+    try: json.dumps(out, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError: raise Refusal(
+        f"{where}: half a character (a lone surrogate)") from None
     return out
 
 # %% ../nbs/05_preferences.ipynb #af62d8d9
