@@ -202,6 +202,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'dpo_literate.results.Refusal.__init__': ('results.html#refusal.__init__', 'dpo_literate/results.py'),
                                       'dpo_literate.results._cell': ('results.html#_cell', 'dpo_literate/results.py'),
                                       'dpo_literate.results._git': ('results.html#_git', 'dpo_literate/results.py'),
+                                      'dpo_literate.results._html_row': ('results.html#_html_row', 'dpo_literate/results.py'),
+                                      'dpo_literate.results._markdown_row': ('results.html#_markdown_row', 'dpo_literate/results.py'),
                                       'dpo_literate.results._no_constant': ('results.html#_no_constant', 'dpo_literate/results.py'),
                                       'dpo_literate.results._number': ('results.html#_number', 'dpo_literate/results.py'),
                                       'dpo_literate.results._version': ('results.html#_version', 'dpo_literate/results.py'),
