@@ -41,7 +41,7 @@ def test_one_bos_where_the_tokenizer_puts_it(bos):
     tok = tiny_tokenizer("plain", bos=bos)
     row = encode_pair({"prompt": "the c", "chosen": "at sat", "rejected": "ow sat"}, tok)
     assert plain_bos(tok) == ([tok.bos_token_id] if bos else [])
-    assert tok.decode(row.prompt_ids).removeprefix("<s>" if bos else "") == "the c"
+    assert tok.decode(row.prompt_ids) == ("<s>" if bos else "") + "the c"
     assert tok.decode(row.chosen_ids) == "at sat<|im_end|>" and tok.decode(row.rejected_ids) == "ow sat<|im_end|>"
     assert row.prompt_ids == encode_prompt("the c", tok) and None not in row.prompt_ids
 
