@@ -207,7 +207,7 @@ def _backward(g, h, W, bias, targets, lse, head, needed):
     def like(x, wanted):
         return torch.zeros_like(x, dtype=lse.dtype) if wanted else None
     dh, dW, db = map(like, (h, W, bias), needed)
-    width = max(1, head.chunk * len(W) // len(h))           # the same size of table
+    width = max(1, head.chunk * len(W) // max(1, len(h)))   # the same size of table
     for s in _slices(len(W), width):
         z = head_logits(h, W[s], None if bias is None else bias[s], head)
         d = logit_grad(z, lse, targets - s.start, g, head)

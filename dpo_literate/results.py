@@ -85,7 +85,8 @@ def versions(
 )->dict[str,str]: # name and version of Python and of what a result can depend on
     "What is installed."
     found = {package: _version(package) for package in PACKAGES}
-    return {"python": platform.python_version(), **{k: v for k, v in found.items() if v}}
+    here = {name: version for name, version in found.items() if version}
+    return {"python": platform.python_version(), **here}
 
 # %% ../nbs/00b_results.ipynb #8ed45d03
 def _git(*args):
