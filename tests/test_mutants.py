@@ -33,7 +33,7 @@ MUTANTS = [
     Mutant("β multiplied instead of divided", "world", "F.log_softmax(ref_logps + rewards / beta, dim=-1)", "F.log_softmax(ref_logps + rewards * beta, dim=-1)", "test_world.py::test_dpo_optimum_is_the_closed_form"),
     Mutant("total variation not halved", "world", ".abs().sum(-1) / 2", ".abs().sum(-1)", "test_world.py::test_total_variation_is_a_distance"),
     Mutant("the judge prefers the worse", "world", "torch.where(wins, first, second)", "torch.where(wins, second, first)", "test_world.py::test_pairs_follow_the_judge_everywhere"),
-    Mutant("a reply compared with itself", "world", "[prompt], 2, generator", "[prompt], 2, True, generator", "test_world.py::test_pairs_repeat_with_their_seed_and_never_compare_a_reply_with_itself"),
+    Mutant("a reply compared with itself", "world", "torch.multinomial(ref, 2, generator", "torch.multinomial(ref, 2, True, generator", "test_world.py::test_pairs_repeat_with_their_seed_and_never_compare_a_reply_with_itself"),
     Mutant("β missing from the reward", "losses", "return beta * (policy_logps - ref_logps)", "return policy_logps - ref_logps", "test_losses.py::test_gradient_by_the_book"),
     Mutant("chosen and rejected exchanged in the margin", "losses", "margin = chosen_reward - rejected_reward - offset", "margin = rejected_reward - chosen_reward - offset", "test_losses.py::test_published_vectors"),
     Mutant("log of a sigmoid", "losses", "loss = -F.logsigmoid(margin)\n", "loss = -margin.sigmoid().log()\n", "test_losses.py::test_huge_margins_stay_finite"),
