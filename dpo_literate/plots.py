@@ -36,7 +36,8 @@ def new_fig(
 )->tuple:           # the figure, and its axes: one, or an array of `ncols`
     "An empty figure in the style of the book."
     with plt.rc_context(STYLE):
-        return plt.subplots(1, ncols, figsize=(width * ncols, height), layout="constrained")
+        size = (width * ncols, height)
+        return plt.subplots(1, ncols, figsize=size, layout="constrained")
 
 # %% ../nbs/00a_plots.ipynb #acd5964a
 def finish(

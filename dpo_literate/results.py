@@ -9,7 +9,8 @@ __all__ = ['EXIT_CODES', 'PACKAGES', 'MAX_BYTES', 'FIELDS', 'CLAIM_FIELDS', 'VER
            'ClaimsTable', 'claims_table']
 
 # %% ../nbs/00b_results.ipynb #c42101f6
-import datetime, html, importlib.metadata, json, math, os, platform, re, subprocess, tempfile
+import datetime, html, importlib.metadata, json, math, os, platform, re
+import subprocess, tempfile
 from pathlib import Path
 import torch
 
@@ -30,7 +31,8 @@ class Refusal(ValueError):
 def repo_dir(
 )->Path: # the folder that holds `nbs/` and `settings.ini`
     "The repository, found from the working directory or from an editable install."
-    here, package = Path.cwd(), Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+    here = Path.cwd()
+    package = Path(__file__).resolve() if "__file__" in globals() else here
     for folder in (here, *here.parents, *package.parents):
         if (folder / "nbs" / "00b_results.ipynb").is_file(): return folder
     raise Refusal("no repository found: run this inside a clone of dpo-literate", 2)
@@ -72,37 +74,43 @@ def write_atomic(
     return path
 
 # %% ../nbs/00b_results.ipynb #47716814
-PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "trl", "dpo-literate")
+PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "trl",
+            "dpo-literate")
 
 def _version(package):
     try: return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError: return None
 
+def versions(
+)->dict[str,str]: # name and version of Python and of what a result can depend on
+    "What is installed."
+    found = {package: _version(package) for package in PACKAGES}
+    here = {name: version for name, version in found.items() if version}
+    return {"python": platform.python_version(), **here}
+
+# %% ../nbs/00b_results.ipynb #8ed45d03
 def _git(*args):
-    try: out = subprocess.run(["git", *args], cwd=repo_dir(), capture_output=True, text=True, timeout=30)
+    "What git prints, or nothing where there is no git."
+    try: out = subprocess.run(["git", *args], cwd=repo_dir(), capture_output=True,
+                              text=True, timeout=30)
     except (OSError, subprocess.SubprocessError, Refusal): return ""
     return out.stdout.strip() if out.returncode == 0 else ""
 
-def versions(
-)->dict[str,str]: # name and version of Python and of each package a result can depend on
-    "What is installed."
-    found = {package: _version(package) for package in PACKAGES}
-    return {"python": platform.python_version(), **{k: v for k, v in found.items() if v}}
-
 def commit(
-)->str: # short hash, with `+` where tracked files were changed; "unknown" outside git
+)->str: # short hash, `+` where tracked files were changed; "unknown" outside git
     "The commit of the working tree."
     short = _git("rev-parse", "--short=10", "HEAD")
-    changed = "+" if short and _git("status", "--porcelain", "--untracked-files=no") else ""
-    return short + changed or "unknown"
+    changed = short and _git("status", "--porcelain", "--untracked-files=no")
+    return short + ("+" if changed else "") or "unknown"
 
 def device_name(
 )->str: # the accelerator, else the processor
     "The device a run would use."
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
-    try: model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError: model = None
-    return f"cpu: {model[1].strip()}" if model else f"cpu: {platform.machine()}"
+    try: lines = Path("/proc/cpuinfo").read_text()
+    except OSError: lines = ""
+    model = re.search(r"model name\s*:\s*(.+)", lines)
+    return f"cpu: {model[1].strip() if model else platform.machine()}"
 
 # %% ../nbs/00b_results.ipynb #e6841172
 def provenance(
@@ -112,9 +120,10 @@ def provenance(
     seconds:float,       # how long the run took (s)
 )->dict:                 # what a recorded number needs to be more than a rumour
     "Everything needed to judge and to repeat a run."
+    today = datetime.datetime.now(datetime.timezone.utc)
     return dict(command=command, config=config, seed=seed, versions=versions(),
-                device=device_name(), threads=torch.get_num_threads(), cores=os.cpu_count(),
-                commit=commit(), date=f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
+                device=device_name(), threads=torch.get_num_threads(),
+                cores=os.cpu_count(), commit=commit(), date=f"{today:%Y-%m-%d}",
                 seconds=round(float(seconds), 1))
 
 # %% ../nbs/00b_results.ipynb #1f9d85a5
@@ -125,8 +134,11 @@ def to_json(
 )->str:        # strict JSON, one trailing newline
     "JSON without NaN; tensors become lists."
     plain = lambda value: value.tolist() if hasattr(value, "tolist") else str(value)
-    try: return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=plain) + "\n"
-    except ValueError as why: raise Refusal(f"a result must be finite: {why}", 3) from why
+    try: text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False,
+                           default=plain)
+    except ValueError as why:
+        raise Refusal(f"a result must be finite: {why}", 3) from why
+    return text + "\n"
 
 # %% ../nbs/00b_results.ipynb #4ffd329b
 def save_result(
@@ -140,9 +152,12 @@ def save_result(
     what:str,           # one sentence: what was measured
 )->Path:                # nbs/results/NAME.json
     "Record a result with its provenance."
-    if not re.fullmatch(r"[\w-]+", name): raise Refusal(f"{name!r} is not a name for a result", 2)
-    text = to_json({"what": what, **provenance(command, config, seed, seconds), "values": values})
-    if len(text.encode()) > MAX_BYTES: raise Refusal(f"result {name!r} is over {MAX_BYTES} bytes", 2)
+    if not re.fullmatch(r"[\w-]+", name):
+        raise Refusal(f"{name!r} is not a name for a result", 2)
+    history = provenance(command, config, seed, seconds)
+    text = to_json({"what": what, **history, "values": values})
+    if len(text.encode()) > MAX_BYTES:
+        raise Refusal(f"result {name!r} is over {MAX_BYTES} bytes", 2)
     return write_atomic(results_dir() / f"{name}.json", text)
 
 # %% ../nbs/00b_results.ipynb #1ba7b126
@@ -152,15 +167,19 @@ def load_result(
 )->dict:              # the values, and the rest of the file under "_provenance"
     "Load a recorded result and say where it came from."
     path = results_dir() / f"{name}.json"
-    if not path.is_file(): raise Refusal(f"no recorded result {path.name} in nbs/results", 2)
+    if not path.is_file():
+        raise Refusal(f"no recorded result {path.name} in nbs/results", 2)
     record = json.loads(path.read_text(encoding="utf-8"))
     values = record.pop("values")
-    if not quiet: print(f"recorded {record['date']} at {record['commit']} by `{record['command']}`")
+    if not quiet:
+        print("recorded {date} at {commit} by `{command}`".format(**record))
     return {**values, "_provenance": record}
 
 # %% ../nbs/00b_results.ipynb #a84088ab
-FIELDS = ("what", "command", "config", "seed", "versions", "commit", "date", "seconds", "values")
-CLAIM_FIELDS = ("claim", "source", "paper_figure", "setup", "ours", "low", "high", "seeds", "verdict", "command")
+FIELDS = ("what", "command", "config", "seed", "versions", "commit", "date",
+          "seconds", "values")
+CLAIM_FIELDS = ("claim", "source", "paper_figure", "setup", "ours", "low", "high",
+                "seeds", "verdict", "command")
 VERDICTS = ("held", "did not hold", "too small to tell")
 
 def _no_constant(name): raise ValueError(f"it holds {name}")
@@ -170,27 +189,34 @@ def result_problems(
 )->list[str]:     # what is wrong with it, empty where nothing is
     "Check one recorded result or claims file."
     text = path.read_text(encoding="utf-8")
-    problems = [f"{len(text.encode())} bytes, over {MAX_BYTES}"] if len(text.encode()) > MAX_BYTES else []
+    size = len(text.encode())
+    problems = [f"{size} bytes, over {MAX_BYTES}"] if size > MAX_BYTES else []
     try: record = json.loads(text, parse_constant=_no_constant)
     except ValueError as why: return problems + [f"not strict JSON: {why}"]
     if path.name.startswith("claims_"): return problems + claim_problems(record)
     if not isinstance(record, dict): return problems + ["not a record"]
     problems += [f"no {field}" for field in FIELDS if field not in record]
-    return problems + [f"empty {field}" for field in ("what", "command", "versions") if not record.get(field)]
+    filled = ("what", "command", "versions")
+    return problems + [f"empty {field}" for field in filled if not record.get(field)]
 
 # %% ../nbs/00b_results.ipynb #d1b7917f
 def claim_problems(
     rows:list[dict], # the rows of a claims file
 )->list[str]:        # what is wrong with them
     "Check the rows of a claims table."
-    if not isinstance(rows, list) or not rows: return ["claims are a list of rows, at least one"]
-    problems = [f"row {i}: no {field}" for i, row in enumerate(rows) for field in CLAIM_FIELDS if field not in row]
-    return problems + [f"row {i}: verdict {row.get('verdict')!r}, expected one of {', '.join(VERDICTS)}"
-                       for i, row in enumerate(rows) if row.get("verdict") not in VERDICTS]
+    if not isinstance(rows, list) or not rows:
+        return ["claims are a list of rows, at least one"]
+    problems = []
+    for i, row in enumerate(rows):
+        problems += [f"row {i}: no {field}" for field in CLAIM_FIELDS if field not in row]
+        if row.get("verdict") not in VERDICTS:
+            problems.append(f"row {i}: verdict {row.get('verdict')!r}, "
+                            f"expected one of {', '.join(VERDICTS)}")
+    return problems
 
 # %% ../nbs/00b_results.ipynb #5d0d5648
 def bootstrap_interval(
-    values,           # one number per independent unit (a prompt, a seed), shape (N,)
+    values,           # one number per independent unit (prompt, seed), shape (N,)
     *,
     level:float=.95,  # share of resampled means inside the interval
     draws:int=2000,   # number of resamples
@@ -219,17 +245,32 @@ HEADS = dict(claim="claim", source="source", paper_figure="paper", setup="our se
              ours="ours", seeds="seeds", verdict="verdict", command="command")
 
 def _number(value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)): return "–" if value is None else str(value)
+    "A number to three digits; anything else as text."
+    if value is None: return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float)): return str(value)
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 def _cell(row, key):
-    if key == "seeds" and isinstance(row[key], list): return ", ".join(map(str, row[key]))
-    if key != "ours" or row["low"] is None or row["high"] is None: return _number(row[key])
-    return f"{_number(row['ours'])} [{_number(row['low'])}, {_number(row['high'])}]"
+    "A cell of the table; our figure carries its interval."
+    value = row[key]
+    if key == "seeds" and isinstance(value, list): return ", ".join(map(str, value))
+    if key != "ours" or None in (row["low"], row["high"]): return _number(value)
+    return f"{_number(value)} [{_number(row['low'])}, {_number(row['high'])}]"
 
 # %% ../nbs/00b_results.ipynb #bda1b0be
+def _html_row(tag, texts):
+    cells = "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
+    return f"<tr>{cells}</tr>"
+
+def _markdown_row(texts):
+    "A row whose texts cannot become markup."
+    plain = (" ".join(text.split()) for text in texts)
+    return "| " + " | ".join(re.sub(r"([\\`*_{}\[\]<>|$#~&])", r"\\\1", text)
+                             for text in plain) + " |"
+
+# %% ../nbs/00b_results.ipynb #50ae5ba3
 class ClaimsTable:
-    "Rows of claims, drawn as Markdown and as HTML; their text can never become markup."
+    "Rows of claims, drawn as Markdown and as HTML; text can never become markup."
     def __init__(self,
         rows:list[dict], # as recorded
     ): self.rows = rows
@@ -237,22 +278,23 @@ class ClaimsTable:
     def cells(self): return [[_cell(row, key) for key in HEADS] for row in self.rows]
 
     def _repr_html_(self):
-        line = lambda tag, texts: "<tr>" + "".join(f"<{tag}>{html.escape(t)}</{tag}>" for t in texts) + "</tr>"
-        body = "\n".join(line("td", texts) for texts in self.cells())
-        return f"<table>\n<thead>{line('th', HEADS.values())}</thead>\n<tbody>\n{body}\n</tbody></table>"
+        body = "\n".join(_html_row("td", texts) for texts in self.cells())
+        head = _html_row("th", HEADS.values())
+        return f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table>"
 
     def _repr_markdown_(self):
-        safe = lambda text: re.sub(r"([\\`*_{}\[\]<>|$#~&])", r"\\\1", " ".join(text.split()))
-        line = lambda texts: "| " + " | ".join(texts) + " |"
-        body = [line(map(safe, texts)) for texts in self.cells()]
-        return "\n".join([line(HEADS.values()), line("---" for _ in HEADS), *body])
+        rule = "| " + " | ".join("---" for _ in HEADS) + " |"
+        body = [_markdown_row(texts) for texts in self.cells()]
+        return "\n".join([_markdown_row(HEADS.values()), rule, *body])
 
     def __repr__(self): return "\n".join(" · ".join(texts) for texts in self.cells())
 
+# %% ../nbs/00b_results.ipynb #176017e7
 def claims_table(
     page:str,        # short name of the page
 )->ClaimsTable:      # draws itself at the end of a cell
     "The recorded claims of a page."
     path = results_dir() / f"claims_{page}.json"
-    if not path.is_file(): raise Refusal(f"no recorded claims {path.name} in nbs/results", 2)
+    if not path.is_file():
+        raise Refusal(f"no recorded claims {path.name} in nbs/results", 2)
     return ClaimsTable(json.loads(path.read_text(encoding="utf-8")))

@@ -31,23 +31,25 @@ _SMALL = {
         "That is annoying.": (0.30, -0.5),
         "You should have left earlier.": (0.10, -1.5)}),
     "Can I eat rice from yesterday?": (0.3, {
-        "Yes, if it was cooled within an hour. Heat it until it steams.": (0.15, 1.8),
+        "Yes, if cooled within an hour. Heat it until it steams.": (0.15, 1.8),
         "Yes.": (0.45, 0.3),
         "Probably fine.": (0.30, -0.2),
         "Rice is a grain.": (0.10, -1.2)}),
     "Why is the sky blue? I am five.": (0.2, {
-        "Air throws blue light around more than red, so blue comes from everywhere.": (0.25, 1.5),
+        "Air scatters blue light most, so it comes from all over.": (0.25, 1.5),
         "Because of Rayleigh scattering.": (0.50, 0.2),
         "It mirrors the sea.": (0.20, -1.0),
         "It just is.": (0.05, -0.8)}),
 }
 
+# %% ../nbs/01_world.ipynb #7d3cfc22
 def small_world(
 )->World: # 3 prompts, 4 replies each, float64
     "Three everyday prompts with four replies each."
-    numbers = torch.tensor([list(replies.values()) for _, replies in _SMALL.values()], dtype=torch.float64)
-    return World(prompts=list(_SMALL), replies=[list(replies) for _, replies in _SMALL.values()],
-                 prompt_p=torch.tensor([p for p, _ in _SMALL.values()], dtype=torch.float64),
+    shares, replies = zip(*_SMALL.values())
+    numbers = torch.tensor([list(r.values()) for r in replies], dtype=torch.float64)
+    return World(prompts=list(_SMALL), replies=[list(r) for r in replies],
+                 prompt_p=torch.tensor(shares, dtype=torch.float64),
                  ref_logps=numbers[..., 0].log(), rewards=numbers[..., 1])
 
 def show_replies(
@@ -58,7 +60,8 @@ def show_replies(
     width = max(map(len, replies))
     print(" " * width + "".join(f"{name:>12}" for name in columns))
     for reply, *numbers in zip(replies, *columns.values()):
-        print(f"{reply:<{width}}" + "".join(f"{float(number):12.3f}" for number in numbers))
+        cells = "".join(f"{float(number):12.3f}" for number in numbers)
+        print(f"{reply:<{width}}" + cells)
 
 # %% ../nbs/01_world.ipynb #f40afb74
 def kl(
@@ -120,14 +123,17 @@ class Pairs(NamedTuple):
     chosen:Tensor   # which of its replies was preferred, shape (B,)
     rejected:Tensor # which was not, shape (B,)
 
+# %% ../nbs/01_world.ipynb #09c9f748
 def sample_pairs(
-    world:World,               # where prompts, replies and the judge's rewards come from
+    world:World,               # prompts, replies, and the judge's rewards
     n:int,                     # number of verdicts
     generator:torch.Generator, # source of chance
 )->Pairs:
     "Preferences of a Bradley–Terry judge between replies drawn from the reference."
-    prompt = torch.multinomial(world.prompt_p, n, replacement=True, generator=generator)
-    first, second = torch.multinomial(world.ref_logps.exp()[prompt], 2, generator=generator).T
+    prompt = torch.multinomial(world.prompt_p, n, True, generator=generator)
+    ref = world.ref_logps.exp()[prompt]                              # (n,K)
+    first, second = torch.multinomial(ref, 2, generator=generator).T
     p_first = preference_probs(world.rewards)[prompt, first, second]
     wins = torch.rand(n, generator=generator, dtype=p_first.dtype) < p_first
-    return Pairs(prompt, torch.where(wins, first, second), torch.where(wins, second, first))
+    chosen = torch.where(wins, first, second)
+    return Pairs(prompt, chosen, rejected=first + second - chosen)

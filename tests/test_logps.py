@@ -1,11 +1,15 @@
 "The head that never builds the logits, against the plain one, on real families, wrapped and not."
+import itertools
+import json
 import random
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 
-from dpo_literate.logps import Batch, linear_logps, pad_rows, plain_reply_logps, reply_logps, token_logps
+from dpo_literate.logps import Batch, add_up, linear_logps, pad_rows, plain_reply_logps, reply_logps, sequence_logps, token_logps
+from dpo_literate.losses import dpo_loss
 from dpo_literate.models import tiny_model
 
 KINDS = ("llama", "qwen2", "qwen3", "gpt2", "gemma2")
@@ -90,10 +94,11 @@ def test_mask_spells_out_what_is_scored():
             row = Pair([5] * prompt, [6] * reply, [7] * 3)
             batch = pad_rows([row])
             T = batch.input_ids.shape[1]
-            places = (batch.score_at[batch.owner == 0] % T + 1).tolist()
-            digits = sum(2 ** t for t in places)
-            first = max(prompt, 1)
+            digits = -add_up(-2. ** (batch.score_at % T + 1).double(), batch).chosen[0].item()
+            first = max(prompt, 1)          # with an empty prompt the first token cannot be scored
             assert digits == sum(2 ** t for t in range(first, prompt + reply))
+            assert add_up(torch.ones(len(batch.targets)), batch).lengths.tolist() == [prompt + reply - first, 3 - (prompt == 0)]
+            assert batch.targets[batch.owner == 0].tolist() == (row.prompt_ids + row.chosen_ids)[first:]
 
 
 def test_weights_count_token_by_token():
@@ -120,14 +125,103 @@ def test_under_lora_only_the_adapter_gets_gradient_and_off_is_the_base():
         assert (p.grad - g).abs().max() <= 1e-10, n
 
 
+@pytest.mark.parametrize("words", [400, 32_000])
 @pytest.mark.parametrize("tokens", [64, 256, 1024])
-def test_half_precision_logits_are_summed_in_full(tokens):
-    "T28: bf16 products, float32 statistics; against float64 on the same logits."
+def test_half_precision_logits_are_summed_in_full(tokens, words):
+    "T28: bf16 products, float32 statistics; a sequence and a margin against float64 on the same logits."
     torch.manual_seed(0)
-    logits = torch.randn(1, tokens + 1, 4000).mul(3).bfloat16()
-    ids = torch.randint(4000, (1, tokens + 1))
-    error = (token_logps(logits, ids).double().sum() - token_logps(logits.double(), ids).sum()).abs()
-    assert error < 1e-3 and token_logps(logits, ids).dtype == torch.float32
+    logits = torch.randn(1, tokens + 1, words).mul(3).bfloat16()
+    ids = torch.randint(words, (2, tokens + 1))
+    found = torch.stack([token_logps(logits, one[None]).double().sum() for one in ids])
+    exact = torch.stack([token_logps(logits.double(), one[None]).sum() for one in ids])
+    assert (found - exact).abs().max() < 1e-3 and ((found - exact)[0] - (found - exact)[1]).abs() < 2e-3
+    assert token_logps(logits, ids[:1]).dtype == torch.float32
+
+
+def test_probabilities_add_up_to_one():
+    "T17: over every reply of up to four tokens, for 20 random models and 5 prompts."
+    ended = [[*p, 0] for n in range(4) for p in itertools.product([1, 2], repeat=n)]
+    every = ended + [list(p) for p in itertools.product([1, 2], repeat=4)]
+    for seed in range(20):
+        model = tiny_model("llama", vocab_size=3, seed=seed)
+        for prompt in ([1], [2], [1, 2], [0, 1, 1], [2, 2, 0, 1]):
+            with torch.no_grad(): got = reply_logps(model, pad_rows([Pair(prompt, y, y) for y in every]))
+            assert abs(got.chosen.exp().sum() - 1) < 1e-12 and torch.equal(got.chosen, got.rejected)
+
+
+def test_gradient_through_gather_mask_sum_and_loss():
+    "T14: gradcheck in float64; nothing flows into the reference or to positions before the reply."
+    torch.manual_seed(0)
+    logits = torch.randn(4, 6, 5, dtype=torch.float64, requires_grad=True)
+    ids, mask = torch.randint(5, (4, 6)), torch.tensor([[0, 0, 1, 1, 1]] * 4)
+    ref = torch.randn(4, dtype=torch.float64)
+    def loss(z):
+        logps = sequence_logps(z, ids, mask)
+        return dpo_loss(logps[:2], logps[2:], ref[:2], ref[2:], beta=.5)[0]
+    assert torch.autograd.gradcheck(loss, (logits,), eps=1e-6, atol=1e-7, rtol=1e-5)
+    grad, = torch.autograd.grad(loss(logits).sum(), logits)
+    assert (grad[:, :2] == 0).all() and (grad[:, 5:] == 0).all() and (grad[:, 2:5] != 0).all()
+
+
+@pytest.mark.parametrize("N, V, chunk", [(1, 7, 1), (5, 300, 2), (64, 3, 256), (33, 129, 8), (200, 17, 1)])
+@pytest.mark.parametrize("softcap, scale", [(None, 1.), (3., 1.), (None, .5), (2., 3.)])
+def test_any_shape_of_chunk_and_slice(N, V, chunk, softcap, scale):
+    g = torch.Generator().manual_seed(N)
+    h, W, b = (torch.randn(*shape, dtype=torch.float64, generator=g).requires_grad_() for shape in ((N, 6), (V, 6), (V,)))
+    y, up = torch.randint(V, (N,), generator=g), torch.randn(N, dtype=torch.float64, generator=g)
+    z = scale * (h @ W.T + b)
+    if softcap: z = softcap * torch.tanh(z / softcap)
+    slow = z.log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
+    fast = linear_logps(h, W, y, b, chunk=chunk, softcap=softcap, scale=scale)
+    assert (fast - slow).abs().max() < 1e-11
+    for a, c in zip(torch.autograd.grad(fast, (h, W, b), up), torch.autograd.grad(slow, (h, W, b), up)): assert (a - c).abs().max() < 1e-11
+    frozen = linear_logps(h, W.detach(), y, b.detach(), chunk=chunk, softcap=softcap, scale=scale)
+    dh = torch.autograd.grad(frozen, h, up)[0]
+    assert (dh - torch.autograd.grad(linear_logps(h, W, y, b, softcap=softcap, scale=scale), h, up)[0]).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_have_the_dtype_of_what_they_are_for_and_are_as_exact_as_plain(dtype):
+    torch.manual_seed(0)
+    h, W, y = torch.randn(300, 32), torch.randn(2000, 32), torch.randint(2000, (300,))
+    def grads(head, cast, exact=False):
+        a, b = (x.to(cast).detach().requires_grad_() for x in (h, W))
+        out = torch.autograd.grad(head(a, b, y).sum(), (a, b))
+        assert all(g.dtype == cast for g in out)
+        return [g.double() for g in out]
+    def plain(h, W, y): return (h @ W.T).float().log_softmax(-1).gather(-1, y[:, None])
+    def plain64(h, W, y): return (h @ W.T).log_softmax(-1).gather(-1, y[:, None])
+    exact = grads(plain64, torch.float64)
+    ours, theirs = grads(linear_logps, dtype), grads(plain, dtype)
+    for a, b, c in zip(ours, theirs, exact): assert (a - c).norm() < 1.2 * (b - c).norm() + 1e-6 * c.norm()
+
+
+GOLDEN = Path(__file__).parent / "golden_steps.json"
+
+
+def twenty_steps():
+    "Losses and gradient norms of 20 plain SGD steps on four pairs, tiny model, float64."
+    model, ref = tiny_model("llama"), tiny_model("llama")
+    batch = pad_rows(random_pairs(11))
+    with torch.no_grad(): start = reply_logps(ref, batch)
+    found = []
+    for _ in range(20):
+        got = reply_logps(model, batch)
+        loss = dpo_loss(got.chosen, got.rejected, start.chosen, start.rejected)[0].mean()
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), grads): p -= 3e-2 * g
+        found.append([loss.item(), torch.stack([g.norm() for g in grads]).norm().item()])
+    return found
+
+
+def test_twenty_steps_go_where_they_went():
+    "T15: a committed trajectory, 1e-9 in float64."
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    found = torch.tensor(twenty_steps(), dtype=torch.float64)
+    want = torch.tensor(golden["steps"], dtype=torch.float64)
+    assert abs(found[0, 0] - torch.tensor(2., dtype=torch.float64).log()) < 1e-12 and found[-1, 0] < found[0, 0]
+    assert ((found - want).abs() <= 1e-9 * want.abs().clamp(min=1)).all(), f"made with {golden['versions']}, {golden['threads']} thread"
 
 
 def test_under_autocast_the_head_multiplies_in_bf16_and_answers_in_float32():

@@ -1,5 +1,5 @@
 "Rows: borders, end tokens, truncation, and 10,000 strings that try to become control tokens."
-import random
+import json, random, time
 from pathlib import Path
 import pytest
 from dpo_literate.preferences import load_preferences
@@ -41,7 +41,7 @@ def test_one_bos_where_the_tokenizer_puts_it(bos):
     tok = tiny_tokenizer("plain", bos=bos)
     row = encode_pair({"prompt": "the c", "chosen": "at sat", "rejected": "ow sat"}, tok)
     assert plain_bos(tok) == ([tok.bos_token_id] if bos else [])
-    assert tok.decode(row.prompt_ids).removeprefix("<s>" if bos else "") == "the c"
+    assert tok.decode(row.prompt_ids) == ("<s>" if bos else "") + "the c"
     assert tok.decode(row.chosen_ids) == "at sat<|im_end|>" and tok.decode(row.rejected_ids) == "ow sat<|im_end|>"
     assert row.prompt_ids == encode_prompt("the c", tok) and None not in row.prompt_ids
 
@@ -81,13 +81,19 @@ def test_truncation_against_brute_force():
 
 def test_truncated_rows_are_counted_and_keep_one_prompt():
     tok, rng = tiny_tokenizer(), random.Random(0)
-    pairs = [chat("the cat " * rng.randint(1, 30), "yes " * rng.randint(1, 30), "no é😀" * rng.randint(1, 30)) for _ in range(200)]
+    pairs = [{**chat("the cat " * rng.randint(1, 30), "yes " * rng.randint(1, 30), "no é😀" * rng.randint(1, 30)), "id": str(i)} for i in range(200)]
     for how in ("keep_start", "keep_end"):
         for limit in (10, 20, 40, 60):
             rows, counts = encode_pairs(pairs, tok, max_length=limit, truncation=how)
             assert counts.rows_in == sum(counts.by.values()) == 200 and counts.rows_out == len(rows)
             assert all(len(r) <= limit and r.chosen_ids and r.rejected_ids for r in rows)
             assert not any(tok.decode(ids).endswith("\ufffd") for r in rows for ids in (r.chosen_ids, r.rejected_ids) if len(ids) > 3)
+            whole = {r.id: r for r in encode_pairs(pairs, tok, max_length=None)[0]}
+            for r in rows:
+                full = whole[r.id]
+                for ids, all_ids in ((r.chosen_ids, full.chosen_ids), (r.rejected_ids, full.rejected_ids)):
+                    assert ids == all_ids[:len(ids)] and (ids[-1] == tok.eos_token_id) == (len(ids) == len(all_ids))
+                assert full.prompt_ids[len(full.prompt_ids) - len(r.prompt_ids):] == r.prompt_ids
     with pytest.raises(Refusal, match="of 200 pairs"): encode_pairs(pairs, tok, max_length=40)
 
 def test_pairs_made_equal_by_the_cut_are_counted():
@@ -105,20 +111,39 @@ def test_prefix_weights_offset_and_key():
 
 def controls(tok, ids): return {i: ids.count(i) for i in control_ids(tok)}
 
+PIECES = SPECIAL + ["<|", "|>", "im_end", "\n", " ", "```", "｜", "＜|im_end|＞", "é", "😀", "\u202e", "\0", "a", "<think>", "\ue000", "\ue0000\ue000"]
+
 def test_fuzz_10000_strings_make_no_control_token():
     tok, rng = tiny_tokenizer(), random.Random(0)
-    control, pieces = control_ids(tok), SPECIAL + ["<|", "|>", "im_end", "\n", " ", "```", "｜", "＜|im_end|＞", "é", "😀", "\u202e", "\0", "a", "<think>", "\ue000", "\ue0000\ue000"]
+    control = control_ids(tok)
     for _ in range(10_000):
-        text = "".join(rng.choices(pieces, k=rng.randint(1, 8)))
+        text = "".join(rng.choices(PIECES, k=rng.randint(1, 8)))
         ids = encode_text(tok, text)
         assert not control.intersection(ids) and tok.decode(ids) == text
+
+@pytest.mark.parametrize("rounds", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_fuzz_of_whole_chats(rounds):
+    "T52: in every field at once, a row has the control tokens its template wrote, and decodes to the template's text."
+    rng = random.Random(rounds)
+    toks = {kind: tiny_tokenizer(kind) for kind in GOOD_KINDS}
+    def text(): return "".join(rng.choices(PIECES, k=rng.randint(1, 8))) + "."
+    for _ in range(rounds):
+        kind, system = rng.choice(GOOD_KINDS), rng.random() < .5
+        before = [{"role": "system", "content": text()}] * system + [U(text()), A(text())] * rng.randint(0, 2)
+        pair = chat(text(), text(), text() + "!", before)
+        harmless = [{**m, "content": "x"} for m in pair["prompt"]]
+        tok = toks[kind]
+        row = encode_pair(pair, tok, max_length=None)
+        plain = encode_pair({"prompt": harmless, "chosen": [A("y")], "rejected": [A("z")]}, tok, max_length=None)
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"): assert controls(tok, getattr(row, name)) == controls(tok, getattr(plain, name))
+        assert tok.decode(row.prompt_ids) == render(tok, pair["prompt"], reply_next=True)
 
 @pytest.mark.parametrize("special", SPECIAL)
 def test_controls_in_every_field(special):
     tok = tiny_tokenizer("chatml")
     plain = encode_pair(chat("q", "a", "b", ({"role": "system", "content": "s"},)), tok)
     for q, w, l, s in ((special, "a", "b", "s"), ("q", special, "b", "s"), ("q", "a", special, "s"), ("q", "a", "b", special), (special * 10_000, "a", "b", "s"),
-                       (special[:4], special[4:], "b", "s"), (f"```{special}```", "a", "b", "s"), ("q", f"{special}a", f"{special}b", special)):
+                       (special[:2], special[2:], "b", "s"), (f"```{special}```", "a", "b", "s"), ("q", f"{special}a", f"{special}b", special)):
         row = encode_pair(chat(q, w, l, ({"role": "system", "content": s},)), tok, max_length=None)
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"): assert controls(tok, getattr(row, name)) == controls(tok, getattr(plain, name))
 
@@ -153,3 +178,92 @@ def test_controls_in_tools_names_and_roles_are_refused():
     assert "fine" in tok.decode(encode_pair({**chat(), "tools": [tool]}, tok).prompt_ids)
     with pytest.raises(Refusal, match="control token"): encode_pair({**chat(), "prompt": [{**U("q"), "name": "<|im_start|>"}]}, tok)
     with pytest.raises(Refusal, match="need a chat"): encode_pair({"prompt": "q", "chosen": "a", "rejected": "b", "system": "s"}, tok)
+
+def test_replies_without_text_and_prompts_without_tokens_are_refused_or_counted():
+    tok = tiny_tokenizer()
+    for bad in (chat("q", "", "no"), chat("q", "yes", " \n"), {"prompt": "q", "chosen": "", "rejected": "a"}):
+        with pytest.raises(Refusal, match="without text"): encode_pair(bad, tok)
+        rows, counts = encode_pairs([bad, chat()], tok, identical="drop")
+        assert len(rows) == 1 and counts.by["dropped: empty reply"] == 1 and sum(counts.by.values()) == 2
+    with pytest.raises(Refusal, match="empty prompt"): encode_pair({"prompt": "", "chosen": "a", "rejected": "b"}, tok)
+    assert encode_pair({"prompt": "", "chosen": "a", "rejected": "b"}, tiny_tokenizer("plain", bos=True)).prompt_ids
+
+def test_a_refusal_names_its_place():
+    tok = tiny_tokenizer()
+    for bad, words in ((chat("q", "a", "a"), "same tokens"), (chat("q", "", "a"), "without text"), (chat("q", "yes " * 50, "no"), "longer")):
+        with pytest.raises(Refusal, match=rf"^f.jsonl:7: .*{words}"): encode_pair({**bad, "_where": "f.jsonl:7"}, tok, max_length=40)
+
+def test_end_token_that_is_also_the_beginning():
+    "T18: BOS = EOS. One in front, one behind, none inside."
+    tok = tiny_tokenizer("plain", bos=True); tok.eos_token = "<s>"
+    row = encode_pair({"prompt": "the cat", "chosen": "<s>yes", "rejected": "no"}, tok)
+    s = tok.convert_tokens_to_ids("<s>")
+    assert row.prompt_ids.count(s) == 1 and row.prompt_ids[0] == s and row.chosen_ids.count(s) == 1 and row.chosen_ids[-1] == s
+
+def test_a_template_that_writes_bos_writes_one():
+    tok = tiny_tokenizer("bos", bos=True)
+    row = encode_pair(chat(), tok)
+    s = tok.convert_tokens_to_ids("<s>")
+    assert row.prompt_ids.count(s) == 1 and s not in row.chosen_ids + row.rejected_ids
+
+def test_a_tokenizer_that_answers_otherwise_is_refused():
+    "T21: a default changed upstream once made `len(prompt)` the length of a dict."
+    tok = tiny_tokenizer()
+    class Odd:
+        def __getattr__(self, name): return getattr(tok, name)
+        def __len__(self): return len(tok)
+        def __call__(self, *a, **k): return {"input_ids": [tok(*a, **k)["input_ids"]]}
+    with pytest.raises(Refusal, match="flat list"): encode_pair(chat(), Odd())
+
+def test_data_are_not_changed_and_encode_alike_each_time():
+    "T34"
+    tok, prefs = tiny_tokenizer(), load_preferences([chat(), chat("x", "y", "z")])
+    before, first = json.dumps(prefs.rows), encode_pairs(prefs, tok)[0]
+    assert all(encode_pairs(prefs, tok)[0] == first for _ in range(2)) and json.dumps(prefs.rows) == before
+
+def blank_before():
+    "A tokenizer of the SentencePiece kind: it puts a blank before whatever starts a string."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    t = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    t.decoder = decoders.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    alphabet = [chr(c) for c in range(32, 127)] + ["\n", "▁"]
+    t.train_from_iterator(["the cat sat on the mat, yes or no"] * 3, trainers.BpeTrainer(vocab_size=200, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    tok = PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|im_end|>", unk_token="<unk>", extra_special_tokens=["<|im_start|>"])
+    tok.chat_template = TEMPLATES["chatml"]
+    return tok
+
+def test_pieces_encoded_apart_are_what_they_are_in_their_place():
+    tok = blank_before()
+    assert tok.tokenize("cat")[0].startswith("▁"), "the tokenizer under test must have the habit under test"
+    row = encode_pair(chat("the cat", "yes", "no"), tok)
+    assert "▁" not in tok.convert_ids_to_tokens(row.chosen_ids)[0]
+    whole = tok(render(tok, chat("the cat", "yes")["prompt"] + [A("yes")]), add_special_tokens=False)["input_ids"]
+    assert (row.prompt_ids + row.chosen_ids) == whole[:len(row.prompt_ids) + len(row.chosen_ids)]
+    evil = encode_pair(chat("<|im_end|>", "<|im_start|>yes", "no"), tok)
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"): assert controls(tok, getattr(evil, name)) == controls(tok, getattr(row, name))
+
+@pytest.mark.parametrize("size", [1_000_000, pytest.param(20_000_000, marks=pytest.mark.slow)])
+def test_one_long_row_is_decided_in_time(size):
+    "T40: two seconds a megabyte; the rows beside it as they were."
+    tok, long = tiny_tokenizer(), chat("the cat sat on " * (size // 15))
+    start = time.process_time()
+    rows, counts = encode_pairs([chat(), long, chat()], tok, truncation="keep_start")
+    assert time.process_time() - start < 2 * size / 1e6
+    assert counts.by["dropped: prompt fills the limit"] == 1 and [len(r) for r in rows] == [len(rows[0])] * 2
+
+def test_a_tokenizer_that_does_not_split_is_refused():
+    "One that ignores `split_special_tokens` cannot be trusted with data."
+    tok = tiny_tokenizer()
+    class Deaf:
+        def __getattr__(self, name): return getattr(tok, name)
+        def __len__(self): return len(tok)
+        def __call__(self, text, **k): return tok(text, **{**k, "split_special_tokens": False})
+    with pytest.raises(Refusal, match="became the control token"): encode_text(Deaf(), "<|im_end|>")
+
+def test_keys_are_content():
+    tok, a, b = tiny_tokenizer(), chat("q", "a", "b"), chat("q", "a", "c")
+    keys = [encode_pair({**pair, "id": name}, tok).key for name, pair in (("1", a), ("2", a), ("1", b))]
+    assert keys[0] == keys[1] != keys[2]

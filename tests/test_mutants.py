@@ -1,0 +1,160 @@
+"""The tests must be able to fail: mistakes seeded into a copy of the package, each of which some test has to notice.
+
+A few run every time; all of them with `pytest tests/test_mutants.py -m slow -s`, which prints the score.
+Run as a script, this file is the process that tries mutants: it loads torch once and forks for each."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutant(NamedTuple):
+    "One mistake: in `module`, `old` becomes `new`; at least one of `tests` must go red."
+    what: str
+    module: str
+    old: str
+    new: str
+    tests: str              # node ids under tests/, separated by blanks
+    often: bool = False     # tried on every run of the suite
+
+
+MUTANTS = [
+    # ---- the objective
+    Mutant("KL weighed by the reference", "world", "p = logps.exp()\n    term", "p = ref_logps.exp()\n    term", "test_world.py::test_objective_is_its_top_minus_the_distance_to_the_optimum"),
+    Mutant("sign of β in the best policy", "world", "F.log_softmax(ref_logps + rewards / beta, dim=-1)", "F.log_softmax(ref_logps - rewards / beta, dim=-1)", "test_world.py::test_dpo_optimum_is_the_closed_form", True),
+    Mutant("β multiplied instead of divided", "world", "F.log_softmax(ref_logps + rewards / beta, dim=-1)", "F.log_softmax(ref_logps + rewards * beta, dim=-1)", "test_world.py::test_dpo_optimum_is_the_closed_form"),
+    Mutant("total variation not halved", "world", ".abs().sum(-1) / 2", ".abs().sum(-1)", "test_world.py::test_total_variation_is_a_distance"),
+    Mutant("the judge prefers the worse", "world", "torch.where(wins, first, second)", "torch.where(wins, second, first)", "test_world.py::test_pairs_follow_the_judge_everywhere"),
+    Mutant("a reply compared with itself", "world", "torch.multinomial(ref, 2, generator", "torch.multinomial(ref, 2, True, generator", "test_world.py::test_pairs_repeat_with_their_seed_and_never_compare_a_reply_with_itself"),
+    Mutant("β missing from the reward", "losses", "return beta * (policy_logps - ref_logps)", "return policy_logps - ref_logps", "test_losses.py::test_gradient_by_the_book"),
+    Mutant("chosen and rejected exchanged in the margin", "losses", "margin = chosen_reward - rejected_reward - offset", "margin = rejected_reward - chosen_reward - offset", "test_losses.py::test_published_vectors"),
+    Mutant("log of a sigmoid", "losses", "loss = -F.logsigmoid(margin)\n", "loss = -margin.sigmoid().log()\n", "test_losses.py::test_huge_margins_stay_finite"),
+    # ---- log-probabilities
+    Mutant("labels not shifted", "logps", "in_full(logits[:, :-1]).log_softmax(-1)", "in_full(logits[:, 1:]).log_softmax(-1)", "test_logps.py::test_gradient_through_gather_mask_sum_and_loss"),
+    Mutant("scored one place late", "logps", "len(prompt) + skip - 1    #", "len(prompt) + skip        #", "test_logps.py::test_mask_spells_out_what_is_scored", True),
+    Mutant("end token not scored", "logps", "range(first, first + len(reply) - skip)\n        targets += reply[skip:]\n        owner += [i] * (len(reply) - skip)", "range(first, first + len(reply) - skip - 1)\n        targets += reply[skip:-1]\n        owner += [i] * (len(reply) - skip - 1)", "test_logps.py::test_probabilities_add_up_to_one"),
+    Mutant("a mean for the sum", "logps", "return ReplyLogps(sums, lengths", "return ReplyLogps(sums / lengths, lengths", "test_logps.py::test_probabilities_add_up_to_one", True),
+    Mutant("every token at position 0", "logps", "positions = torch.arange(T).expand_as(ids) * keep", "positions = torch.zeros_like(ids)", "test_logps.py::test_a_batch_is_its_rows_one_by_one"),
+    Mutant("hidden states taken one place late", "logps", "at += range(first, first + len(reply) - skip)", "at += range(first + 1, first + 1 + len(reply) - skip)", "test_logps.py::test_a_batch_is_its_rows_one_by_one"),
+    Mutant("statistics in half precision", "logps", "return x if x.dtype == torch.float64 else x.float()", "return x", "test_logps.py::test_half_precision_logits_are_summed_in_full", True),
+    Mutant("softmax without its −1 at the target", "logps", "(g * here)[:, None])\n", "(0 * g * here)[:, None])\n", "test_logps.py::test_any_shape_of_chunk_and_slice", True),
+    Mutant("target looked for in the wrong slice", "logps", "targets - s.start", "targets", "test_logps.py::test_any_shape_of_chunk_and_slice"),
+    Mutant("last slice forgotten", "logps", "for i in range(0, n, size))", "for i in range(0, n - size + 1, size))", "test_logps.py::test_any_shape_of_chunk_and_slice"),
+    Mutant("largest logit not put back", "logps", ".sum(-1).log_().add_(top)", ".sum(-1).log_()", "test_logps.py::test_any_shape_of_chunk_and_slice"),
+    Mutant("soft cap not differentiated", "logps", "if slope is not None: d *= slope", "pass", "test_logps.py::test_any_shape_of_chunk_and_slice"),
+    Mutant("head left replaced after an error", "logps", "del m.forward\n", "pass\n", "test_logps.py::test_the_model_is_left_as_it_was"),
+    Mutant("soft cap applied twice", "logps", "for t, k, _ in saved: setattr(t, k, values[k])", "pass", "test_logps.py::test_gemma_soft_caps_its_logits_once"),
+    Mutant("token weights ignored", "logps", "if batch.token_weights is not None:\n        weighted", "if False:\n        weighted", "test_logps.py::test_weights_count_token_by_token"),
+    # ---- tokens
+    Mutant("data may become control tokens", "rows", "split_special_tokens=data", "split_special_tokens=False", "test_rows.py::test_controls_in_every_field", True),
+    Mutant("the guard looks at nothing", "rows", "    bad = control_ids_cached(tokenizer).intersection(ids)\n    if not bad: return ids", "    return ids", "test_rows.py::test_a_tokenizer_that_does_not_split_is_refused"),
+    Mutant("two end tokens", "rows", "tail[:stop + 1])", "tail[:stop + 1] + _end(tokenizer))", "test_rows.py::test_rows_are_the_templates_own_text"),
+    Mutant("no end token on text", "rows", "return encode_text(tokenizer, reply) + _end(tokenizer)", "return encode_text(tokenizer, reply)", "test_rows.py::test_one_bos_where_the_tokenizer_puts_it"),
+    Mutant("BOS forgotten", "rows", "return plain_bos(tokenizer) + encode_text(tokenizer, prompt)", "return encode_text(tokenizer, prompt)", "test_rows.py::test_one_bos_where_the_tokenizer_puts_it"),
+    Mutant("no border between prompt and reply", "rows", "if whole.startswith(head): return\n", "return\n", "test_rows.py::test_no_border_is_refused"),
+    Mutant("one token more than the limit", "rows", 'return "reply cut", 0, max_length - p', 'return "reply cut", 0, max_length - p + 1', "test_rows.py::test_truncation_against_brute_force", True),
+    Mutant("budget of the shorter reply", "rows", "longest = max(c, r)", "longest = min(c, r)", "test_rows.py::test_truncation_against_brute_force"),
+    Mutant("the two replies cut to different prompts", "rows", "p = _whole_start(tokenizer, p[gone:])", "p = _whole_start(tokenizer, p[:len(p) - gone])", "test_rows.py::test_truncated_rows_are_counted_and_keep_one_prompt"),
+    Mutant("a cut through a character", "rows", 'if not tokenizer.decode(kept[-8:]).endswith("\\ufffd"): return kept', "return kept", "test_rows.py::test_truncated_rows_are_counted_and_keep_one_prompt"),
+    Mutant("a dropped row is not counted", "rows", "counts.by[verdict] += 1", "counts.by[verdict] += isinstance(row, Row)", "test_rows.py::test_truncated_rows_are_counted_and_keep_one_prompt"),
+    Mutant("rows keyed by where they stand", "rows", "return h.hexdigest()", "return self.id", "test_rows.py::test_prefix_weights_offset_and_key test_rows.py::test_pad_equal_to_eos_changes_nothing test_rows.py::test_keys_are_content"),
+    # ---- files of pairs
+    Mutant("a repeated key is overwritten", "preferences", "object_pairs_hook=_pairs_once,", "object_pairs_hook=dict,", "test_preferences.py::test_refused", True),
+    Mutant("a bad line is skipped", "preferences", "if text.strip(\" \\t\\r\"): yield where, parse_json(text, where)", "if text.strip(\" \\t\\r\").endswith('}'): yield where, parse_json(text, where)", "test_preferences.py::test_refused"),
+    Mutant("lines counted from zero", "preferences", "for number in itertools.count(1):", "for number in itertools.count(0):", "test_preferences.py::test_refused", True),
+    Mutant("lines split at U+2028", "preferences", 'yield number, text.removesuffix("\\n").removesuffix("\\r")', "yield from ((number, part) for part in text.splitlines())", "test_preferences.py::test_accepted"),
+    Mutant("text is stripped", "preferences", "out[name] = _messages(value, where, name) if is_chat else value\n    try", "out[name] = _messages(value, where, name) if is_chat else value.strip()\n    try", "test_preferences.py::test_accepted"),
+    Mutant("rows share structure with what was given", "preferences", "m = {key: value for key, value in m.items() if value is not None}", "pass", "test_preferences.py::test_keys_do_not_collide_and_rows_stay_as_they_were"),
+    Mutant("the order hash is sorted too", "preferences", "return _hash_of(map(row_hash, self.rows))", "return _hash_of(sorted(map(row_hash, self.rows)))", "test_preferences.py::test_row_order_changes_one_hash_only"),
+    Mutant("identical pairs only counted", "preferences", "def exit_code(self): return 2 if self.refusals else 0", "def exit_code(self): return 0", "test_preferences.py::test_audit_names_every_class"),
+    Mutant("leakage sees letters only as they are", "preferences", "text.casefold().split()", "text.split()", "test_preferences.py::test_leakage_in_every_form"),
+    # ---- results
+    Mutant("a result written in place", "results", "os.replace(temporary, path)", "path.write_bytes(raw[:9]); __import__('time').sleep(.01); path.write_bytes(raw)", "test_results.py::test_a_killed_write_leaves_old_or_new"),
+    Mutant("NaN recorded as a result", "results", "allow_nan=False", "allow_nan=True", "test_results.py::test_bad_values_are_refused_and_nothing_is_written", True),
+    Mutant("a bootstrap that never gives the same interval twice", "results", "torch.Generator().manual_seed(seed)\n    index", "None\n    index", "test_results.py::test_bootstrap"),
+]
+
+
+def tree(folder, mutant=None):
+    "A copy of what the tests need, with the mistake in it; says whether the text to change stands there exactly once."
+    for name in ("pyproject.toml", "settings.ini"): shutil.copy(ROOT / name, folder)
+    for name in ("dpo_literate", "tests"): shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    (folder / "nbs").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "nbs" / "00b_results.ipynb", folder / "nbs")
+    if not mutant: return True
+    path = folder / "dpo_literate" / f"{mutant.module}.py"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    return text.count(mutant.old) == 1
+
+
+def in_child(folder, tests):
+    "Exit code of the tests in a forked process, whose package is the copy."
+    if child := os.fork(): return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly", "-o", "addopts=", "-m", "not slow",
+                            *(f"tests/{t}" for t in tests.split())])
+    os._exit(int(code))
+
+
+def verdict(mutant):
+    "caught | missed | stale (the text is not there) | error (the tests did not run)."
+    with tempfile.TemporaryDirectory() as folder:
+        if not tree(Path(folder), mutant): return "stale"
+        return {0: "missed", 1: "caught"}.get(in_child(folder, mutant.tests), "error")
+
+
+def main(which):
+    "Print one line of JSON: what became of each mutant, and of the copy without a mistake."
+    import datasets, hypothesis, peft, tokenizers, torch, transformers  # noqa: F401  once, before the forks
+    torch.set_num_threads(1)
+    chosen = [m for m in MUTANTS if m.often or which == "all"]
+    found = {m.what: verdict(m) for m in chosen}
+    with tempfile.TemporaryDirectory() as folder:
+        tree(Path(folder))
+        tests = " ".join(dict.fromkeys(t for m in chosen for t in m.tests.split()))
+        found["no mistake"] = {0: "green"}.get(in_child(folder, tests), "red")
+    print(json.dumps(found))
+
+
+def tried(which):
+    "What became of the mutants, in a fresh process."
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, __file__, which], cwd=tempfile.gettempdir(), env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def judge(found):
+    "Print the score; fail on a mutant that lives, and where even the right package is red."
+    right, caught = found.pop("no mistake"), sum(v == "caught" for v in found.values())
+    print(f"\n{caught} of {len(found)} mutants caught")
+    assert right == "green", "the tests are red without any mistake"
+    assert not {what: v for what, v in found.items() if v != "caught"}
+
+
+def test_a_few_mutants_are_caught(): judge(tried("often"))
+
+
+@pytest.mark.slow
+def test_every_mutant_is_caught(): judge(tried("all"))
+
+
+def test_there_are_enough_and_each_is_one_change():
+    assert len(MUTANTS) >= 40 and sum(m.often for m in MUTANTS) >= 8 and len({m.what for m in MUTANTS}) == len(MUTANTS)
+    assert all(m.old != m.new for m in MUTANTS)
+
+
+if __name__ == "__main__": main(sys.argv[1])
