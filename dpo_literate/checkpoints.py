@@ -122,6 +122,8 @@ def read_manifest(
 )->dict:         # its manifest
     "The manifest, if every byte of it is as written."
     path = folder / MANIFEST
+    if path.exists() and not path.is_file(): raise damaged(folder, MANIFEST, "is not a file")
+    if path.is_symlink(): raise damaged(folder, MANIFEST, "is a link")
     try: text = path.read_text(encoding="utf-8")
     except FileNotFoundError: raise damaged(folder, MANIFEST, "is missing: the save was never finished, or not made here") from None
     except (OSError, ValueError) as why: raise damaged(folder, MANIFEST, f"cannot be read: {why}") from None
@@ -264,8 +266,8 @@ def load_state(
     name:str,    # as given to `save_state`
 ):               # the state, bit for bit, its tensors on the CPU
     "Read it back."
-    packed = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    return unpack(packed, load_file(folder / f"{name}.safetensors"))
+    try: return unpack(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), load_file(folder / f"{name}.safetensors"))
+    except (ValueError, LookupError, SafetensorError) as why: raise damaged(folder, name, f"cannot be read: {why}") from why
 
 # %% ../nbs/09a_checkpoints.ipynb #aae2c46f
 def load_optimizer(
