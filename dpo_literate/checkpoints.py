@@ -485,7 +485,7 @@ class RunContract:
     def identity(self)->dict:
         "Everything that must not change while a run rests."
         a, settings = self.args, self.args.to_dict()
-        found = {k: settings[k] for k in CONTRACT} | dict(
+        found = {k: settings.get(k) for k in CONTRACT} | dict(
             order_seed=a.seed if a.data_seed is None else a.data_seed, world_size=a.world_size,
             tokenizer=tokenizer_hash(self.processing_class)) | self.run_identity()
         return json.loads(json.dumps(found, default=str))
