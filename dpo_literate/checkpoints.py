@@ -12,7 +12,7 @@ __all__ = ['log', 'MANIFEST', 'FIXED', 'CONTRACT', 'fsync', 'fingerprint', 'rend
            'LoadsCheckpoints', 'Keeper', 'SafeCheckpoints']
 
 # %% ../nbs/09a_checkpoints.ipynb #bef1d58f
-import contextlib, fcntl, hashlib, json, logging, math, os, random, re, shutil, signal, socket, sys, tempfile, threading
+import contextlib, fcntl, hashlib, inspect, json, logging, math, os, random, re, shutil, signal, socket, sys, tempfile, threading
 from pathlib import Path, PurePosixPath
 import numpy as np
 import psutil, torch
@@ -141,13 +141,13 @@ def verify(
     "Every file is there, and every byte is the one that was written."
     folder = Path(folder)
     manifest = read_manifest(folder)
+    number = re.fullmatch(r"checkpoint-([0-9]+)", folder.name)
+    if number and manifest.get("step") != int(number[1]): raise damaged(folder, MANIFEST, f"is that of step {manifest.get('step')}")
     for name, want in manifest["files"].items():
         if PurePosixPath(name).is_absolute() or ".." in name.split("/"): raise damaged(folder, name, "lies outside")
         if fault := fault_of(folder / name, want): raise damaged(folder, name, fault)
     for path in sorted(folder.rglob("*")):
         if path.suffix in (*PICKLES, ".pickle"): raise damaged(folder, path.relative_to(folder).as_posix(), "is a pickle, which could run code when loaded")
-    number = re.fullmatch(r"checkpoint-([0-9]+)", folder.name)
-    if number and manifest.get("step") != int(number[1]): raise damaged(folder, MANIFEST, f"is that of step {manifest.get('step')}")
     return manifest
 
 # %% ../nbs/09a_checkpoints.ipynb #5a11a740
@@ -364,7 +364,8 @@ def state_share(optimizer)->float:
     "Bytes of state a byte of weights: asked of one step on a small matrix."
     p = nn.Parameter(torch.zeros(64, 64))
     p.grad = torch.zeros_like(p)
-    try: one = type(optimizer)([p], **optimizer.defaults); one.step()
+    takes = inspect.signature(type(optimizer).__init__).parameters
+    try: one = type(optimizer)([p], **{k: v for k, v in optimizer.defaults.items() if k in takes}); one.step()
     except Exception: return 2.
     return (state_bytes(one) or 0) / p.nbytes
 

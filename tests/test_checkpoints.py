@@ -638,7 +638,8 @@ def test_too_many_open_files(tmp_path):
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     ck.write_folder_atomic(tmp_path / "checkpoint-1", lambda f: (f / "a").write_text("1"), step=1)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+    lowest = os.dup(0); os.close(lowest)  # every number below it is taken
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
     try: no = refusal(ck.write_folder_atomic, tmp_path / "checkpoint-2", lambda f: (f / "a").write_text("1"), step=2)
     finally: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert no.code == 4 and ck.latest(tmp_path).name == "checkpoint-1"
