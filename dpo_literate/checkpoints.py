@@ -12,13 +12,13 @@ __all__ = ['log', 'MANIFEST', 'FIXED', 'CONTRACT', 'fsync', 'fingerprint', 'rend
            'LoadsCheckpoints', 'Keeper', 'SafeCheckpoints']
 
 # %% ../nbs/09a_checkpoints.ipynb #bef1d58f
-import contextlib, fcntl, hashlib, inspect, json, logging, math, os, random, re, shutil, signal, socket, sys, tempfile, threading
+import contextlib, fcntl, hashlib, inspect, json, logging, math, os, random, re, shutil, signal, socket, tempfile, threading
 from pathlib import Path, PurePosixPath
 import numpy as np
 import psutil, torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
