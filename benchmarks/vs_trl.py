@@ -1,129 +1,147 @@
-"""Our packed step against TRL's trainer: same pairs, order, seed, dtype, optimizer; each side in a process of its own.
+"""DPOTrainer against TRL's: the same pairs, order, seed, dtype and optimizer; each arm in a process of its own.
 
-    python benchmarks/vs_trl.py [--pairs 32] [--capacity 1024] [--float32]
+    python benchmarks/vs_trl.py [--pairs 128] [--float32] [--arms ours trl trl_precompute trl_checkpointing]
 
-Our side is the bare loop below (reference pass, packed rows one at a time, clip, AdamW), not yet DPOTrainer: the result says so.
+An arm is timed from its constructor to the end of `train()`: tokenizing, the reference pass and every step included.
+Arms already measured with the same settings are read from `runs/bench/`; `--fresh` measures all of them again.
+The pairs are the first of `hh_harmless` (multi-turn), cut at 512 tokens as TRL cuts them.
 """
 import argparse
 import gzip
+import hashlib
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch.utils.data import SequentialSampler
 
 BATCH, LENGTH, LR, BETA = 8, 512, 1e-6, .1
+TRL_ARMS = dict(trl={}, trl_precompute=dict(precompute_ref_log_probs=True), trl_checkpointing=dict(gradient_checkpointing=True))
 
 
-def data(n):
-    from dpo_literate.results import data_dir
-    path = data_dir() / "hh_harmless" / "train.jsonl.gz"
-    with gzip.open(path, "rt") as f: rows = [json.loads(line) for line, _ in zip(f, range(n))]
+def pairs(n):
+    "The first n conversations of hh_harmless, in TRL's conversational format."
+    from dpo_literate.results import Refusal, data_dir
+    if data_dir() is None: raise Refusal("the benchmark reads hh_harmless: set DPO_LITERATE_DATA to the folder that holds it")
+    with gzip.open(data_dir() / "hh_harmless" / "train.jsonl.gz", "rt") as f: rows = [json.loads(line) for line, _ in zip(f, range(n))]
     def turn(text): return [{"role": "assistant", "content": text}]
     return [{"prompt": r["prompt"], "chosen": turn(r["chosen"]), "rejected": turn(r["rejected"])} for r in rows]
 
 
 def peak_gb():
+    "Most memory this process has held, in GB."
     with open("/proc/self/status") as f: line = next(x for x in f if x.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e9
 
 
 def model_and_tokenizer():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from dpo_literate.models import resolve_model
-    path = str(resolve_model("bundled"))
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+    from dpo_literate.models import load_model, load_tokenizer
+    return load_model("bundled"), load_tokenizer("bundled")
 
 
-def encoded(pairs, tok):
-    "The ids that TRL's own preparation gives: template, cut at LENGTH from the end."
-    from dpo_literate.rows import Row
-    def ids(messages, **kw): return list(tok.apply_chat_template(messages, return_dict=True, **kw)["input_ids"])
-    rows = []
-    for i, p in enumerate(pairs):
-        x = ids(p["prompt"], add_generation_prompt=True)
-        y = [ids(p["prompt"] + p[side]) for side in ("chosen", "rejected")]
-        assert all(t[:len(x)] == x for t in y) and len(x) < LENGTH
-        rows.append(Row(x, *(t[len(x):LENGTH] for t in y), id=str(i)))
-    return rows
+def settings(args, folder):
+    "What both sides are told."
+    return dict(output_dir=folder, per_device_train_batch_size=BATCH, max_length=LENGTH, bf16=not args.float32, num_train_epochs=1, logging_steps=1,
+                report_to=[], use_cpu=not torch.cuda.is_available(), save_strategy="no", seed=0, disable_tqdm=True, learning_rate=LR, beta=BETA)
 
 
-def ours(args):
-    from dpo_literate.packing import pack_rows, packed_reply_logps
-    model, tok = model_and_tokenizer()
-    rows = encoded(data(args.pairs), tok)
-    opt = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0., fused=True)
-    def cast(): return torch.autocast("cpu", torch.bfloat16, enabled=not args.float32)
-    model.eval(); start = time.perf_counter(); ref, tokens = {}, 0
-    def packs(group):   # the same packs for reference and policy: the first loss is ln 2 to the bit, in bf16 too
-        longest = max(len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in group)
-        return pack_rows(group, capacity=max(args.capacity, longest))
-    groups = [rows[i:i + BATCH] for i in range(0, len(rows), BATCH)]
-    with torch.no_grad():
-        for pack in (pack for group in groups for pack in packs(group)):
-            with cast(): out = packed_reply_logps(model, pack)
-            ref.update({r.id: (c, l) for r, c, l in zip(pack.rows, out.chosen, out.rejected)})
-    ref_seconds = time.perf_counter() - start
-    losses = []
-    for step, group in enumerate(groups):
-        total = 0.
-        for g in opt.param_groups: g["lr"] = LR * (1 - step / len(groups))
-        for pack in packs(group):
-            with cast(): out = packed_reply_logps(model, pack)
-            rc, rl = (torch.stack(t) for t in zip(*(ref[r.id] for r in pack.rows)))
-            loss = -F.logsigmoid(BETA * (out.chosen - rc - out.rejected + rl)).sum() / len(group)
-            loss.backward(); total += loss.item(); tokens += pack.input_ids.numel()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        opt.step(); opt.zero_grad(set_to_none=True); losses.append(total)
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "reference_seconds": ref_seconds, "tokens_computed": tokens, "losses": losses,
-                "pairs_per_second": len(rows) / seconds, "peak_memory_gb": peak_gb()}
-
-
-def trl(args):
-    from datasets import Dataset
-    from torch.utils.data import SequentialSampler
-    from trl import DPOConfig, DPOTrainer
-    model, tok = model_and_tokenizer()
-    config = DPOConfig(output_dir="/tmp/vs_trl", per_device_train_batch_size=BATCH, max_length=LENGTH, bf16=not args.float32,
-        gradient_checkpointing=args.checkpointing, num_train_epochs=1, logging_steps=1, report_to=[], use_cpu=True,
-        save_strategy="no", seed=0, disable_tqdm=True, learning_rate=LR)
-    trainer = DPOTrainer(model=model, args=config, train_dataset=Dataset.from_list(data(args.pairs)), processing_class=tok)
+def ours(args, folder):
+    from dpo_literate.trainer import DPOConfig, DPOTrainer
+    model, tokenizer = model_and_tokenizer()
+    config = DPOConfig(**settings(args, folder), truncation_mode="keep_start", score_tail=True, capacity=args.capacity)
+    data, start = pairs(args.pairs), time.perf_counter()
+    trainer = DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
     trainer._get_train_sampler = lambda *a, **k: SequentialSampler(trainer.train_dataset)
-    start = time.perf_counter(); trainer.train(); seconds = time.perf_counter() - start
-    losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
-    return {"seconds": seconds, "losses": losses, "pairs_per_second": args.pairs / seconds, "peak_memory_gb": peak_gb()}
+    trainer.prepare_reference(); reference = time.perf_counter() - start
+    trainer.train()
+    tokens = sum(len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in trainer.rows)
+    return trainer, time.perf_counter() - start, dict(reference_seconds=reference, tokens_computed=tokens)
+
+
+def theirs(args, folder):
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    model, tokenizer = model_and_tokenizer()
+    config = DPOConfig(**settings(args, folder), **({"gradient_checkpointing": False} | TRL_ARMS[args.arm]))
+    data, start = Dataset.from_list(pairs(args.pairs)), time.perf_counter()
+    trainer = DPOTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
+    trainer._get_train_sampler = lambda *a, **k: SequentialSampler(trainer.train_dataset)
+    trainer.train()
+    return trainer, time.perf_counter() - start, dict(tokens_computed=padded_tokens(trainer.train_dataset))
+
+
+def padded_tokens(data):
+    "Tokens of TRL's batches: 2B rows as long as the longest of them."
+    lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in data]
+    return sum(2 * len(part) * min(LENGTH, max(part)) for part in (lengths[i:i + BATCH] for i in range(0, len(lengths), BATCH)))
+
+
+def arm(args):
+    "Run one arm here; its figures."
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, seconds, more = (ours if args.arm.startswith("ours") else theirs)(args, folder)
+    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+    return dict(pairs_per_second=args.pairs / seconds, seconds=seconds, peak_memory_gb=peak_gb(), losses=losses, **more)
+
+
+def measured(args, name):
+    "Run an arm in a fresh process, or read what it gave with the same settings."
+    key = hashlib.sha256(json.dumps([name, args.pairs, args.float32, args.capacity, torch.get_num_threads()]).encode()).hexdigest()[:12]
+    path = Path("runs/bench") / f"{name}_{key}.json"
+    if path.exists() and not args.fresh: return json.loads(path.read_text())
+    flags = ["--pairs", str(args.pairs), "--arm", name] + ["--float32"] * args.float32 + (["--capacity", str(args.capacity)] if args.capacity else [])
+    with tempfile.TemporaryDirectory() as cache:
+        env = {**os.environ, "HF_DATASETS_CACHE": cache, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+        done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, env=env)
+    line = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+    if not line: sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(line[0][7:])
+    return json.loads(line[0][7:])
+
+
+def compare(found):
+    "The ratios that matter: the fastest of TRL's arms counts."
+    us, them = found["ours"], {k: v for k, v in found.items() if k in TRL_ARMS}
+    best, small = max(them, key=lambda k: them[k]["pairs_per_second"]), min(them, key=lambda k: them[k]["peak_memory_gb"])
+    gaps = [max(abs(a - b) for a, b in zip(us["losses"], v["losses"], strict=True)) for v in them.values()]
+    return dict(best_trl=best, speed_ratio=us["pairs_per_second"] / them[best]["pairs_per_second"],
+                memory_ratio=us["peak_memory_gb"] / them[best]["peak_memory_gb"], leanest_trl=small,
+                memory_ratio_to_leanest=us["peak_memory_gb"] / them[small]["peak_memory_gb"], max_loss_difference=max(gaps))
+
+
+def show(name, a):
+    print(f"{name:18s} {a['pairs_per_second']:7.3f} pairs/s  {a['tokens_computed'] / a['seconds']:7.0f} tokens/s computed  "
+          f"{a['peak_memory_gb']:5.2f} GB  {a['seconds']:6.1f} s  loss {a['losses'][0]:.4f} → {a['losses'][-1]:.4f}", flush=True)
 
 
 def main():
-    p = argparse.ArgumentParser()
-    p.add_argument("--pairs", type=int, default=32); p.add_argument("--capacity", type=int, default=1024)
-    p.add_argument("--float32", action="store_true"); p.add_argument("--side", choices=("ours", "trl"))
-    p.add_argument("--checkpointing", action="store_true", help="TRL side: its memory-saving option (slower on a CPU)")
-    args = p.parse_args(); torch.manual_seed(0)
-    if args.side:
-        print("RESULT " + json.dumps({"ours": ours, "trl": trl}[args.side](args))); return
-    began, got = time.perf_counter(), {}
-    for side in ("ours", "trl"):
-        out = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side], capture_output=True, text=True, check=False)
-        line = [x for x in out.stdout.splitlines() if x.startswith("RESULT ")]
-        if not line: sys.exit(out.stderr[-3000:])
-        got[side] = json.loads(line[0][7:])
-        print(side, {k: v for k, v in got[side].items()}, flush=True)
-    a, b = got["ours"], got["trl"]
-    assert len(a["losses"]) == len(b["losses"])
-    values = {"ours": a, "trl": b, "speed_ratio": a["pairs_per_second"] / b["pairs_per_second"],
-        "memory_ratio": a["peak_memory_gb"] / b["peak_memory_gb"],
-        "max_loss_difference": max(abs(x - y) for x, y in zip(a["losses"], b["losses"]))}
-    print({k: round(v, 4) for k, v in values.items() if isinstance(v, float)})
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--pairs", type=int, default=128)
+    p.add_argument("--capacity", type=int, help="tokens of our packed rows; default: the trainer's")
+    p.add_argument("--float32", action="store_true", help="no autocast: losses must agree to 1e-4")
+    p.add_argument("--arms", nargs="+", default=["ours", *TRL_ARMS], choices=["ours", *TRL_ARMS])
+    p.add_argument("--fresh", action="store_true", help="measure every arm again")
+    p.add_argument("--arm", choices=["ours", *TRL_ARMS], help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.arm: print("RESULT " + json.dumps(arm(args))); return
+    began, found = time.perf_counter(), {}
+    for name in args.arms:
+        found[name] = measured(args, name); show(name, found[name])
+    if "ours" not in found or len(found) < 2: return
+    values = {**found, **compare(found)}
+    print("\n".join(f"{k:24s} {v if isinstance(v, str) else round(v, 5)}" for k, v in compare(found).items()))
     from dpo_literate.results import save_result
-    name = "bench_cpu_float32" if args.float32 else "bench_cpu"
-    save_result(name, values, command="python benchmarks/vs_trl.py " + " ".join(sys.argv[1:]), seed=0, seconds=time.perf_counter() - began,
-        config=dict(vars(args), batch=BATCH, max_length=LENGTH, lr=LR, beta=BETA, threads=torch.get_num_threads()),
-        what="bare packed loop (not DPOTrainer) against trl.DPOTrainer: SmolLM2-135M full fine-tune, reference pass included")
+    save_result("bench_cpu_float32" if args.float32 else "bench_cpu", values, command="make bench" + (' ARGS="--float32"' if args.float32 else ""), seed=0,
+                seconds=max(time.perf_counter() - began, sum(v["seconds"] for v in found.values())),
+                config=dict(pairs=args.pairs, batch=BATCH, max_length=LENGTH, lr=LR, beta=BETA, capacity=args.capacity, bf16=not args.float32, threads=torch.get_num_threads()),
+                what="dpo_literate.DPOTrainer against trl.DPOTrainer on hh_harmless: SmolLM2-135M, full fine-tune, constructor to last step, reference pass included")
 
 
 if __name__ == "__main__": main()
