@@ -10,7 +10,7 @@ __all__ = ['PICKLES', 'BUNDLED', 'DTYPES', 'TINY', 'check_folder', 'has_code', '
            'save_table', 'load_table', 'MovingReference']
 
 # %% ../nbs/09_models.ipynb #a66fc782
-import contextlib, copy, hashlib, importlib.util, json, math, os, shutil, tempfile
+import contextlib, hashlib, importlib.util, json, os, shutil, tempfile
 from pathlib import Path
 import torch
 from torch import Tensor, nn

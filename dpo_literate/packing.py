@@ -135,8 +135,8 @@ def packing_error(
     was = model.training; model.eval()
     try:
         pack = lay_out(rows)
+        out = packed_reply_logps(model, pack.to(next(model.parameters()).device))
         plain = alone(model, pack)
-        out = packed_reply_logps(model, pack.to(plain.device))
         error = rms(out.sums - plain, out.lengths)
         if error <= FLOOR.get(plain.dtype, 0.) / 10: return error, 0.
         with nudged(model): return error, rms(alone(model, pack) - plain, out.lengths)

@@ -15,12 +15,12 @@ __all__ = ['INSTEAD', 'READS', 'TRL_DEFAULTS', 'UNREAD', 'FILLER', 'METRICS', 'P
            'DPOTrainer', 'plot_log']
 
 # %% ../nbs/10_trainer.ipynb #8a68cb54
-import collections, contextlib, copy, dataclasses, hashlib, inspect, itertools, json, math, time
+import contextlib, copy, dataclasses, hashlib, itertools, json, math, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
-from torch import Tensor, nn
-from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
@@ -28,7 +28,7 @@ from .losses import INPUTS, check_settings, get_loss, preference_accuracy
 from .logps import pad_rows, unwrapped
 from .models import (AdapterOff, CachedReference, FrozenReference, MovingReference, load_model, load_table,
     load_tokenizer, model_identity, no_dropout, read_reference, save_table, shared_storage, table_path)
-from .packing import pack_rows, packed_reply_logps, pair_length, self_check
+from .packing import pack_rows, packed_reply_logps, self_check
 from .preferences import load_preferences
 from .results import Refusal, versions, write_atomic
 from .rows import Counts, Row, encode_pairs

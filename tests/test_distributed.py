@@ -21,7 +21,8 @@ RECIPES = sorted((HERE.parent / "benchmarks" / "recipes").glob("*.yaml"))
 def two(request, tmp_path_factory):
     "Both processes' results, by case."
     folder = tmp_path_factory.mktemp(request.param)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    shards = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_RESHARD_AFTER_FORWARD="true")
+    env = {**os.environ, **(shards if request.param == "fsdp2" else {}), "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "two_processes.py"), str(folder), request.param],
                           env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,9 +1,8 @@
 "Loading models: what is refused, what the bundled wheel becomes, and what a reference may share."
 import copy
+import itertools
 import json
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 
 import pytest
@@ -161,26 +160,22 @@ def test_moving_is_lerp_and_its_state_returns():
     with pytest.raises(Refusal, match="other tensors"): again.load_state({"x": torch.zeros(1)})
 
 
-WRITER = """
-import sys, itertools
-from pathlib import Path
-from dpo_literate.models import save_table
-for k in itertools.count(1):
-    save_table(Path(sys.argv[1]), {f"{i:064x}": (float(k), float(i)) for i in range(20000)}, {})
-    print(k, flush=True)
-"""
+def write_for_ever(path, tell):
+    for k in itertools.count(1):
+        models.save_table(path, {f"{i:064x}": (float(k), float(i)) for i in range(20000)}, {})
+        tell.send(k)
 
 
 def test_a_killed_writer_leaves_a_whole_table_or_none(tmp_path):
-    "T10, a light version: one writer at a time, killed at some moment of its third table or later."
-    path = tmp_path / "t.safetensors"
-    for wait in range(4):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
-        for _ in range(2): process.stdout.readline()
-        time.sleep(.013 * wait)
-        process.send_signal(signal.SIGKILL); process.wait(); process.stdout.close()
+    "T10, a light version: killed at twelve moments after its first table."
+    path, fork = tmp_path / "t.safetensors", multiprocessing.get_context("fork")
+    for wait in range(12):
+        heard, tell = fork.Pipe(duplex=False)
+        writer = fork.Process(target=write_for_ever, args=(path, tell)); writer.start()
+        heard.recv(); time.sleep(.017 * wait)
+        writer.kill(); writer.join()
         table = models.load_table(path)
-        assert len(table) == 20000 and len({v[0] for v in table.values()}) == 1
+        assert writer.exitcode == -9 and len(table) == 20000 and len({v[0] for v in table.values()}) == 1
 
 
 @pytest.mark.parametrize("harm", ["cut", "nan", "junk", "absent"])

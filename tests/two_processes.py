@@ -1,24 +1,20 @@
-"What each process of tests/test_distributed.py does: python two_processes.py FOLDER ddp|fsdp2, started twice by torchrun."
+"What each process of tests/test_distributed.py does: two_processes.py FOLDER ddp|fsdp2, started twice by torchrun."
 import json
 import math
 import os
 import sys
 from pathlib import Path
 
-MODE = sys.argv[2] if len(sys.argv) > 2 else "one"
-if MODE == "fsdp2":
-    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_RESHARD_AFTER_FORWARD="true")
-
 import accelerate
 import torch
 import transformers
+from test_trainer import PAIRS, TOKENIZER, config, exact, lora, ranked
 
-sys.path.insert(0, str(Path(__file__).parent))
 import dpo_literate.trainer as module
 from dpo_literate.results import Refusal
 from dpo_literate.trainer import DPOTrainer
-from test_trainer import PAIRS, TOKENIZER, config, exact, lora, ranked
 
+MODE = sys.argv[2] if len(sys.argv) > 2 and __name__ == "__main__" else "one"
 if MODE == "fsdp2":   # accelerate takes FSDP for GPUs only; the sharding itself runs on gloo
     begin = accelerate.state.AcceleratorState.__init__
     def on_cpu(self, *args, fsdp_plugin=None, **more):
