@@ -649,7 +649,9 @@ class SafeCheckpoints(ChecksSpace, LoadsCheckpoints):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         "Train under a lock, from a verified checkpoint, until the end or a signal."
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled: raise Refusal("a sharded optimizer cannot be saved here yet: use DDP or one process")
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded and (resume_from_checkpoint or self.args.save_strategy != "no"):
+            raise Refusal("a sharded optimizer cannot be saved here yet: use save_strategy='no', DDP or one process")
         if isinstance(resume_from_checkpoint, (str, Path)): self.on_main(lambda: verify(resume_from_checkpoint))
         out, self.stop_signal, self.resumed, self.changes = Path(self.args.output_dir), None, None, []
         lock = RunLock(out)

@@ -10,7 +10,7 @@ __all__ = ['INSTEAD', 'READS', 'TRL_DEFAULTS', 'UNREAD', 'FILLER', 'METRICS', 'P
            'RowTrainer', 'LayoutTrainer', 'reference_mode', 'ReferenceTrainer', 'tokenizer_hash', 'CacheTrainer',
            'TableTrainer', 'LossTrainer', 'pulls', 'GatherTrainer', 'WholeTrainer', 'StepTrainer', 'PieceTrainer',
            'check_first_loss', 'GuardTrainer', 'StepGuard', 'LogTrainer', 'EvalTrainer', 'CoverTrainer',
-           'sample_replies', 'SampleTrainer', 'data_hash', 'CardTrainer', 'StateTrainer', 'BesideTrainer',
+           'sample_replies', 'SampleTrainer', 'data_hash', 'CardTrainer', 'StateTrainer', 'ResumeTrainer',
            'ModelCardTrainer', 'make_policy', 'check_policy', 'check_ids', 'check_arguments', 'PreparedTrainer',
            'DPOTrainer', 'plot_log']
 
@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import EvalLoopOutput
+from .checkpoints import SafeCheckpoints
 from .losses import INPUTS, check_settings, get_loss, preference_accuracy
 from .logps import pad_rows, unwrapped
 from .models import (AdapterOff, CachedReference, FrozenReference, MovingReference, load_model, load_table,
@@ -336,8 +336,8 @@ class EpochOrder(torch.utils.data.Sampler):
     def __iter__(self): return iter(epoch_order(self.n, self.seed, self.epoch) + list(range(self.n, self.total)))
 
 # %% ../nbs/10_trainer.ipynb #bc3b70dd
-class RowTrainer(Trainer):
-    "A `Trainer` whose batches are rows, in the order of seed and epoch."
+class RowTrainer(SafeCheckpoints, Trainer):
+    "A `Trainer` with checkpoints one can trust, whose batches are rows, in the order of seed and epoch."
     def set_rows(self, rows:list, args:DPOConfig)->list:
         "Remember the rows; give them back with fillers."
         self.rows, self.filler = rows, dataclasses.replace(rows[0], id=FILLER)
@@ -742,7 +742,7 @@ class CardTrainer(SampleTrainer):
                     beta=a.beta, losses=losses, loss_weights=a.loss_weights, use_weighting=a.use_weighting,
                     batch=a.per_device_train_batch_size, accumulation=a.gradient_accumulation_steps, world_size=a.world_size,
                     max_steps=a.max_steps, epochs=a.num_train_epochs, layout=self.layout,
-                    reference=dict(mode=self.mode, **self.start_identity), moving=moving, versions=versions())
+                    reference=dict(mode=self.mode, **self.start_identity), moving=moving)
 
     def write_card(self)->None:
         "The run's card: what was asked, what was read, what was kept."
@@ -761,37 +761,32 @@ class CardTrainer(SampleTrainer):
 
 # %% ../nbs/10_trainer.ipynb #69943ee2
 class StateTrainer(CardTrainer):
-    "Saves and takes up what a checkpoint of `Trainer` does not hold."
-    def extra_state(self)->dict: # name -> tensor
-        return self.reference.state() if self.mode == "moving" and self.reference is not None else {}
+    "Hands a checkpoint what weights and optimizer do not hold."
+    def run_identity(self)->dict:
+        "The identity, once layout and reference are known."
+        if not self.sharded: self.prepare_reference()
+        return super().run_identity()
 
-    def load_extra_state(self, tensors:dict)->None:
-        if self.mode == "moving": self.reference.load_state(tensors)
+    def extra_state(self)->dict: # name -> tensor
+        moving = self.reference.state() if self.mode == "moving" else {}
+        counts = dict(tokens=torch.tensor(self.tokens), slots=torch.tensor(self.slots))
+        return {f"reference/{k}": v for k, v in moving.items()} | {f"sums/{k}": v for k, v in self.sums.items()} | counts
 
 # %% ../nbs/10_trainer.ipynb #90e42377
-class BesideTrainer(StateTrainer):
-    "Keeps that state in a file beside each checkpoint."
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        extra, folder = self.extra_state(), Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if extra and self.args.should_save: save_file(extra, folder / "extra_state.safetensors")
-
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        "As `Trainer`'s: the reference first, then its state where a run goes on."
-        if not self.sharded: self.prepare_reference()
-        folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        if folder and self.mode == "moving":
-            path = Path(folder) / "extra_state.safetensors"
-            if not path.is_file(): raise Refusal(f"{path} is missing: the moving reference cannot be taken up again", 5)
-            self.load_extra_state(load_file(path))
-        return super().train(folder or None, *args, **kwargs)
+class ResumeTrainer(StateTrainer):
+    "Takes it up again."
+    def load_extra_state(self, tensors:dict)->None:
+        def part(name): return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+        if self.mode == "moving": self.reference.load_state(part("reference/"))
+        self.sums = {k: v.to(self.args.device) for k, v in part("sums/").items()}
+        self.tokens, self.slots = tensors["tokens"].item(), tensors["slots"].item()
 
 # %% ../nbs/10_trainer.ipynb #1b872a5e
 CARD = ["---", "library_name: {library}", "tags: [{tags}]", "---", "# {name}", "",
         "{base} trained with Direct Preference Optimization (arXiv:2305.18290) on {pairs} pairs of preferences{data}, using `dpo_literate`.",
         "", "| | |", "|---|---|", "{table}", ""]
 
-class ModelCardTrainer(BesideTrainer):
+class ModelCardTrainer(ResumeTrainer):
     "A model card with what was done, and what came of it."
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **_):
         "Write README.md beside the model."
@@ -824,6 +819,7 @@ def make_policy(
     if peft_config is None: return model
     if hasattr(model, "peft_config"): raise Refusal("the model has an adapter already: leave peft_config out to train it further, or merge it into a saved base first")
     from peft import get_peft_model
+    set_seed(args.seed)                    # the same adapter when the run is taken up again
     return get_peft_model(model, peft_config)
 
 # %% ../nbs/10_trainer.ipynb #65ca2dfd

@@ -180,7 +180,7 @@ def test_what_the_table_says_is_what_happens(tmp_path):
     (dict(ld_alpha=2.), "ld_alpha"), (dict(loss_weights=[1., 2.]), "loss_weights"), (dict(loss_type=[]), "empty"), (dict(loss_type=["sigmoid", "sigmoid"]), "twice"), (dict(label_smoothing=.6), "label_smoothing"),
     (dict(ref_model_sync_steps=5), "sync_ref_model"), (dict(sync_ref_model=True, precompute_ref_log_probs=True), "moves"), (dict(sync_ref_model=True, ref_model_mixup_alpha=0.), "mixup"),
     (dict(loss_kwargs={"sigmoid": {"gamma": 1}}), "gamma"), (dict(loss_kwargs={"ipo_sum": {"beta": 1}}), "ipo_sum"), (dict(loss_kwargs={"sigmoid": {"beta": -1}}), "beta"),
-    (dict(label_smoothing=.7), "label_smoothing"), (dict(loss_type="ipo_sum", label_smoothing=.1), "does nothing"), (dict(discopop_tau=.1), "does nothing"), (dict(f_divergence_type="js_divergence"), "does nothing"),
+    (dict(label_smoothing=.7), "label_smoothing"), (dict(loss_type="ipo_sum", label_smoothing=.1), "does nothing"), (dict(discopop_tau=.1), "does nothing"), (dict(f_divergence_type="js_divergence", loss_type="apo_zero"), "does nothing"),
     (dict(capacity=0), "capacity"), (dict(truncation_mode="middle"), "truncation")])
 def test_bad_settings_are_refused(tmp_path, setting, word):
     with pytest.raises(Refusal, match=word): config(tmp_path / "run", **setting)
@@ -344,13 +344,43 @@ def test_a_following_reference_survives_a_stop(tmp_path):
     settings = dict(sync_ref_model=True, ref_model_sync_steps=3, ref_model_mixup_alpha=.5, per_device_train_batch_size=1, save_strategy="steps", save_steps=4)
     whole = train(tmp_path / "whole", **settings)
     stop = trainer(tmp_path / "cut", max_steps=4, **settings); stop.train()
-    again = trainer(tmp_path / "cut", max_steps=7, **settings); again.train(resume_from_checkpoint=True)
+    again = trainer(tmp_path / "cut", max_steps=7, **settings)
+    with pytest.raises(Refusal, match="max_steps was 4 and is 7") as why: again.train(resume_from_checkpoint=True)
+    assert why.value.code == 6
+    again.allow_change = ["max_steps"]
+    again.train(resume_from_checkpoint=True)
     assert again.state.global_step == whole.state.global_step == 7
     assert weights_hash(again.model) == weights_hash(whole.model) and weights_hash(again.reference.model) == weights_hash(whole.reference.model)
     assert weights_hash(whole.reference.model) not in (weights_hash(tiny_model()), weights_hash(whole.model))
-    (tmp_path / "cut" / "checkpoint-4" / "extra_state.safetensors").unlink()
-    with pytest.raises(Refusal, match="extra_state"): trainer(tmp_path / "cut", max_steps=7, **settings).train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-4"))
     with pytest.raises(Refusal, match="whole"): trainer(tmp_path / "x", lora(tiny_model()), **settings)
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 7])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_run_goes_on_to_the_bit(tmp_path, k, adapter):
+    "T44 on DPO itself: dropout, warm-up, two epochs of an uneven set, log lines over several steps."
+    from peft import LoraConfig
+    def make(folder):
+        more = dict(peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"])) if adapter else {}
+        return trainer(folder, tiny_model(), **more, num_train_epochs=2, per_device_train_batch_size=2, logging_steps=3, warmup_steps=3, lr_scheduler_type="linear",
+                       disable_dropout=False, save_strategy="steps", save_steps=1, eval_dataset=PAIRS[:3], eval_strategy="steps", eval_steps=2)
+    whole = make(tmp_path / "whole"); whole.train()
+    cut = make(tmp_path / "cut")
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_): control.should_training_stop = state.global_step == k
+    cut.add_callback(Stop()); cut.train()
+    again = make(tmp_path / "cut"); again.train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values()))
+    def said(t): return [{n: v for n, v in h.items() if "second" not in n and "runtime" not in n} for h in t.state.log_history if "train_loss" not in h]
+    assert said(whole) == said(again)
+
+
+@pytest.mark.parametrize("change,word", [(dict(beta=.2), "beta was 0.1 and is 0.2"), (dict(data=PAIRS[:6]), "data was"), (dict(data_seed=9), "order_seed"), (dict(model=tiny_model(seed=1)), "reference")])
+def test_another_run_is_not_gone_on_with(tmp_path, change, word):
+    settings = dict(save_strategy="steps", save_steps=1)
+    train(tmp_path, **settings)
+    with pytest.raises(Refusal, match=word) as why: trainer(tmp_path, **(settings | change)).train(resume_from_checkpoint=True)
+    assert why.value.code == 6
 
 
 def test_a_loss_without_reference_reads_none(tmp_path, monkeypatch):
