@@ -9,7 +9,6 @@ __all__ = ['attend', 'attend_pair', 'pair_spans', 'only_plain', 'pair_attention'
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -23,7 +22,8 @@ def attend(
 )->Tensor:                                  # (B,heads,q,d)
     "One dense call: the last query sees every key, each earlier one a key less."
     q, k = query.shape[2], key.shape[2]
-    shape = dict(is_causal=True) if q == k else dict(attn_mask=causal_lower_right(q, k))
+    corner = torch.ones(q, k, dtype=torch.bool, device=query.device).tril(k - q)
+    shape = dict(is_causal=True) if q == k else dict(attn_mask=corner)
     return F.scaled_dot_product_attention(query, key, value, **shape, **rest)
 
 # %% ../nbs/07a_attention.ipynb #f9bfcd5e

@@ -10,6 +10,7 @@ __all__ = ['FLOOR', 'TIMES', 'lay_out', 'sees', 'pair_length', 'bins', 'pack_row
 import contextlib
 import torch
 from torch import Tensor
+from .attention import knows_pairs, pair_spans
 from .logps import Batch, ReplyLogps, pad_rows, reply_logps, unwrapped
 from .results import Refusal
 
@@ -74,11 +75,12 @@ def pack_rows(
 # %% ../nbs/08_packing.ipynb #f0a3d8a7
 def attention_for(
     batch:Batch,            # packed pairs
-    kind:str="sdpa",        # "sdpa", "eager" or "flex_attention"
+    kind:str="sdpa",        # "sdpa_pairs", "sdpa", "eager" or "flex_attention"
     dtype=torch.float32,    # of the additive mask (eager)
 ):                          # what the model takes as its attention_mask
     "Formula (8.1) in the form an attention kernel takes."
     seg = batch.segment_ids
+    if kind == "sdpa_pairs": return pair_spans(batch.rows)
     if kind == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
         def rule(b, h, q, k):
@@ -86,7 +88,7 @@ def attention_for(
             return (k <= q) & ((s - 1) // 3 == (t - 1) // 3) & ((t % 3 == 1) | (s == t))
         return create_block_mask(rule, seg.shape[0], None, seg.shape[1], seg.shape[1], device=seg.device)
     if kind == "sdpa": return sees(seg)
-    if kind != "eager": raise Refusal(f"no packed mask for attention {kind!r}: use sdpa, eager or flex_attention")
+    if kind != "eager": raise Refusal(f"no packed mask for attention {kind!r}: load the model with sdpa, eager or flex_attention")
     return torch.zeros_like(sees(seg), dtype=dtype).masked_fill(~sees(seg), torch.finfo(dtype).min)
 
 # %% ../nbs/08_packing.ipynb #556e2b27
@@ -97,8 +99,8 @@ def packed_reply_logps(
 )->ReplyLogps:
     "`reply_logps` for either layout."
     if batch.attention_mask is not None: return reply_logps(model, batch, extras)
-    base = unwrapped(model)
-    kind = getattr(base.config.get_text_config(), "_attn_implementation", None) or "eager"
+    base, _ = unwrapped(model), knows_pairs(model)
+    kind = base.config.get_text_config()._attn_implementation or "eager"
     return reply_logps(model, batch, extras, attention_mask=attention_for(batch, kind, base.dtype))
 
 # %% ../nbs/08_packing.ipynb #48f698ac

@@ -149,7 +149,7 @@ def test_windowed_model_falls_back_and_says_so(tmp_path):
     torch.manual_seed(0)
     t = train(tmp_path, transformers.AutoModelForCausalLM.from_config(narrow, dtype=torch.float64))
     card = json.loads((tmp_path / "run_card.json").read_text())
-    assert t.layout == card["layout"] == "padded" and "would move" in card["why_padded"]
+    assert t.layout == card["layout"] == "padded" and "window of 4" in card["why_padded"]
 
 
 # ------------------------------------------------------------ settings (T36) and TRL's names
