@@ -12,14 +12,17 @@ import pytest
 import torch
 import transformers
 
+from dpo_literate import losses as registry
 from dpo_literate.losses import LOSSES, register_loss
 from dpo_literate.models import tiny_model, weights_hash
 from dpo_literate.results import Refusal
 from dpo_literate.rows import Row, encode_pairs, tiny_tokenizer
-from dpo_literate.trainer import INSTEAD, READS, TRL_DEFAULTS, DPOConfig, DPOTrainer, TRLTable, fate, settings_of
+from dpo_literate.trainer import GIVEN, INSTEAD, READS, TRL_DEFAULTS, DPOConfig, DPOTrainer, TRLTable, fate, settings_of
 
 TOKENIZER = tiny_tokenizer()
 PAIRS = [dict(prompt=f"the cat {'sat ' * (i % 3)}", chosen=f"on the mat {i}", rejected=f"and the dog {'sat ' * (i % 4)}{i}") for i in range(7)]
+PAIRED = sorted(n for n, l in getattr(registry, "all_losses", lambda: LOSSES)().items()   # the losses of later pages too
+                if getattr(l, "paired", True) and set(getattr(l, "required", l.needs)) <= set(GIVEN))
 KINDS = ("llama", "qwen2", "qwen3", "gpt2", "gemma2")
 
 
@@ -125,7 +128,7 @@ class ranked(nothing):
     def __exit__(self, *_): del LOSSES["ranked"]
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", PAIRED)
 def test_every_loss_under_another_cut(tmp_path, name):
     a = train(tmp_path / "a", exact("llama"), loss_type=name, per_device_train_batch_size=4)
     b = train(tmp_path / "b", exact("llama"), loss_type=name, per_device_train_batch_size=1, gradient_accumulation_steps=4, layout="padded")
@@ -187,7 +190,16 @@ def test_bad_settings_are_refused(tmp_path, setting, word):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_loss_that_asks_for_more_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "INPUTS", (*registry.INPUTS, "tide"))
+    try:
+        @register_loss("tidal", title="", source="test", formula="", at_init=None)
+        def tidal_loss(policy_chosen_logps, policy_rejected_logps, tide, beta=.1): return policy_chosen_logps, policy_chosen_logps, policy_rejected_logps
+        with pytest.raises(Refusal, match="needs tide"): config(tmp_path, loss_type="tidal")
+    finally: LOSSES.pop("tidal", None)
+
+
+@pytest.mark.parametrize("name", PAIRED)
 def test_every_setting_reaches_a_loss_or_is_refused(tmp_path, name):
     loss, other = LOSSES[name], dict(label_smoothing=.2, f_divergence_type="js_divergence", f_alpha_divergence_coef=.25, discopop_tau=.2)
     for setting, aliases in READS.items():
