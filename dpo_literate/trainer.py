@@ -381,6 +381,7 @@ class LayoutTrainer(RowTrainer):
         if self.layout: return
         if self.args.layout == "packed":
             with self.accelerator.autocast(): self.why_padded = self_check(model, self.rows)
+            if self.add_up([float(bool(self.why_padded))])[0]: self.why_padded = self.why_padded or "padded rows: as another process"
             if self.why_padded: self.accelerator.print(self.why_padded)
         self.layout = "padded" if self.why_padded else self.args.layout
 
@@ -752,7 +753,7 @@ class CardTrainer(SampleTrainer):
         return dict(data=data_hash(self.rows), tokenizer=tokenizer_hash(self.processing_class), order_seed=self.order.seed, seed=a.seed,
                     beta=a.beta, losses=losses, loss_weights=a.loss_weights, use_weighting=a.use_weighting,
                     batch=a.per_device_train_batch_size, accumulation=a.gradient_accumulation_steps, world_size=a.world_size,
-                    max_steps=a.max_steps, epochs=a.num_train_epochs, layout=self.layout,
+                    max_steps=a.max_steps, epochs=a.num_train_epochs, layout=[a.layout, a.capacity],
                     reference=dict(mode=self.mode, **self.start_identity), moving=moving, versions=versions())
 
     def write_card(self)->None:
