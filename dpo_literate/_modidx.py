@@ -704,6 +704,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'dpo_literate.trainer.check_config': ('trainer.html#check_config', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.check_first_loss': ('trainer.html#check_first_loss', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.check_ids': ('trainer.html#check_ids', 'dpo_literate/trainer.py'),
+                                      'dpo_literate.trainer.check_inputs': ('trainer.html#check_inputs', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.check_kwargs': ('trainer.html#check_kwargs', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.check_losses': ('trainer.html#check_losses', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.check_policy': ('trainer.html#check_policy', 'dpo_literate/trainer.py'),

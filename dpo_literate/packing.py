@@ -125,6 +125,9 @@ def nudged(model):
     finally: handle.remove()
 
 # %% ../nbs/08_packing.ipynb #3ed9fc6e
+FLOOR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2**-8, torch.bfloat16: 2**-7}
+TIMES = 4   # of the noise
+
 def rms(gap:Tensor, lengths:Tensor)->float: # nat per square root of a token
     "Size of the gaps, long replies and short ones on one scale."
     return (gap.square() / lengths.clamp(min=1)).mean().sqrt().item()
@@ -140,14 +143,11 @@ def packing_error(
         out = packed_reply_logps(model, pack.to(next(model.parameters()).device))
         plain = alone(model, pack)
         error = rms(out.sums - plain, out.lengths)
-        if error <= FLOOR.get(plain.dtype, 0.) / 10: return error, 0.
+        if error <= FLOOR[unwrapped(model).dtype]: return error, 0.
         with nudged(model): return error, rms(alone(model, pack) - plain, out.lengths)
     finally: model.train(was)
 
 # %% ../nbs/08_packing.ipynb #891a452d
-FLOOR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2**-8, torch.bfloat16: 2**-7}
-TIMES = 4
-
 def text_length(row)->int: # tokens
     "The longer of a pair's two texts."
     return len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids))
@@ -158,9 +158,8 @@ def self_check(
     "Does packing leave this model's log-probabilities alone?"
     long = max(rows, key=text_length)
     others = [r for r in rows if r is not long][:2]
-    some = others[:1] + [long] + others[1:]
-    try: error, noise = packing_error(model, some)
+    try: error, noise = packing_error(model, others[:1] + [long] + others[1:])
     except (Refusal, RuntimeError, TypeError, ValueError) as e: return f"padded rows: packing is refused ({e})"
-    if error <= max(TIMES * noise, FLOOR.get(unwrapped(model).dtype, 0.)): return None
+    if error <= max(TIMES * noise, FLOOR[unwrapped(model).dtype]): return None
     return (f"padded rows: packing would move this model's log-probs by {error:.2g} nat per √token, "
             f"one rounding of its embeddings by {noise:.2g}")

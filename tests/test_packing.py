@@ -101,12 +101,13 @@ def test_a_window_is_found_out_when_a_text_is_longer(kind):
 
 
 def test_the_question_leaves_no_trace():
-    model, rows = tiny_model("llama").train(), random_pairs(random.Random(0), 4)
-    state = torch.get_rng_state()
+    model, rows = tiny_model("llama").float().train(), random_pairs(random.Random(0), 4)
     with torch.no_grad(): before = reply_logps(model, pad_rows(rows)).sums
-    assert packing_error(model.to(torch.bfloat16), rows[:2])[1] > 0
-    assert model.training and torch.equal(state, torch.get_rng_state()) and not model.get_input_embeddings()._forward_hooks
-    with torch.no_grad(): assert torch.equal(before, reply_logps(tiny_model("llama"), pad_rows(rows)).sums)
+    state, forward = torch.get_rng_state(), model.forward
+    error, noise = packing_error(deaf(model), rows[:3])
+    model.forward = forward
+    assert error > 100 * noise > 0 and model.training and torch.equal(state, torch.get_rng_state()) and not model.get_input_embeddings()._forward_hooks
+    with torch.no_grad(): assert torch.equal(before, reply_logps(model, pad_rows(rows)).sums)
 
 
 def test_kernels_without_a_mask_are_refused():

@@ -12,14 +12,17 @@ import pytest
 import torch
 import transformers
 
+from dpo_literate import losses as registry
 from dpo_literate.losses import LOSSES, register_loss
 from dpo_literate.models import tiny_model, weights_hash
 from dpo_literate.results import Refusal
 from dpo_literate.rows import Row, encode_pairs, tiny_tokenizer
-from dpo_literate.trainer import INSTEAD, READS, TRL_DEFAULTS, DPOConfig, DPOTrainer, TRLTable, fate, settings_of
+from dpo_literate.trainer import GIVEN, INSTEAD, READS, TRL_DEFAULTS, DPOConfig, DPOTrainer, TRLTable, fate, settings_of
 
 TOKENIZER = tiny_tokenizer()
 PAIRS = [dict(prompt=f"the cat {'sat ' * (i % 3)}", chosen=f"on the mat {i}", rejected=f"and the dog {'sat ' * (i % 4)}{i}") for i in range(7)]
+PAIRED = sorted(n for n, l in getattr(registry, "all_losses", lambda: LOSSES)().items()   # the losses of later pages too
+                if getattr(l, "paired", True) and set(getattr(l, "required", l.needs)) <= set(GIVEN))
 KINDS = ("llama", "qwen2", "qwen3", "gpt2", "gemma2")
 
 
@@ -125,7 +128,7 @@ class ranked(nothing):
     def __exit__(self, *_): del LOSSES["ranked"]
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", PAIRED)
 def test_every_loss_under_another_cut(tmp_path, name):
     a = train(tmp_path / "a", exact("llama"), loss_type=name, per_device_train_batch_size=4)
     b = train(tmp_path / "b", exact("llama"), loss_type=name, per_device_train_batch_size=1, gradient_accumulation_steps=4, layout="padded")
@@ -180,14 +183,23 @@ def test_what_the_table_says_is_what_happens(tmp_path):
     (dict(ld_alpha=2.), "ld_alpha"), (dict(loss_weights=[1., 2.]), "loss_weights"), (dict(loss_type=[]), "empty"), (dict(loss_type=["sigmoid", "sigmoid"]), "twice"), (dict(label_smoothing=.6), "label_smoothing"),
     (dict(ref_model_sync_steps=5), "sync_ref_model"), (dict(sync_ref_model=True, precompute_ref_log_probs=True), "moves"), (dict(sync_ref_model=True, ref_model_mixup_alpha=0.), "mixup"),
     (dict(loss_kwargs={"sigmoid": {"gamma": 1}}), "gamma"), (dict(loss_kwargs={"ipo_sum": {"beta": 1}}), "ipo_sum"), (dict(loss_kwargs={"sigmoid": {"beta": -1}}), "beta"),
-    (dict(label_smoothing=.7), "label_smoothing"), (dict(loss_type="ipo_sum", label_smoothing=.1), "does nothing"), (dict(discopop_tau=.1), "does nothing"), (dict(f_divergence_type="js_divergence", loss_type="apo_zero"), "does nothing"),
+    (dict(label_smoothing=.7), "label_smoothing"), (dict(loss_type="ipo_sum", label_smoothing=.1), "does nothing"), (dict(discopop_tau=.1), "does nothing"),
     (dict(capacity=0), "capacity"), (dict(truncation_mode="middle"), "truncation")])
 def test_bad_settings_are_refused(tmp_path, setting, word):
     with pytest.raises(Refusal, match=word): config(tmp_path / "run", **setting)
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_loss_that_asks_for_more_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "INPUTS", (*registry.INPUTS, "tide"))
+    try:
+        @register_loss("tidal", title="", source="test", formula="", at_init=None)
+        def tidal_loss(policy_chosen_logps, policy_rejected_logps, tide, beta=.1): return policy_chosen_logps, policy_chosen_logps, policy_rejected_logps
+        with pytest.raises(Refusal, match="needs tide"): config(tmp_path, loss_type="tidal")
+    finally: LOSSES.pop("tidal", None)
+
+
+@pytest.mark.parametrize("name", PAIRED)
 def test_every_setting_reaches_a_loss_or_is_refused(tmp_path, name):
     loss, other = LOSSES[name], dict(label_smoothing=.2, f_divergence_type="js_divergence", f_alpha_divergence_coef=.25, discopop_tau=.2)
     for setting, aliases in READS.items():
@@ -580,3 +592,37 @@ def test_trl_script_runs_with_the_import_changed(tmp_path, monkeypatch, use_peft
     assert type(t).__module__ == "dpo_literate.trainer" and t.state.global_step == 4 and losses(t)[-1] < losses(t)[0] == pytest.approx(math.log(2), abs=1e-6)
     assert (tmp_path / "out" / ("adapter_model.safetensors" if use_peft else "model.safetensors")).is_file()
     assert [h for h in t.state.log_history if "eval_rewards/accuracies" in h]
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "sigmoid_norm", "nca_pair", "apo_zero", "aot"])
+def test_the_losses_of_trl_step_by_step(tmp_path, name):
+    "TRL as an oracle: same model, pairs, template and steps, in float32."
+    trl = pytest.importorskip("trl")
+    import datasets
+    if name not in PAIRED: pytest.skip(f"{name} is not registered")
+    chat = [dict(prompt=[dict(role="user", content=p["prompt"])], chosen=[dict(role="assistant", content=p["chosen"])], rejected=[dict(role="assistant", content=p["rejected"])]) for p in PAIRS]
+    given = dict(use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1, num_train_epochs=5, per_device_train_batch_size=7, learning_rate=1e-3, lr_scheduler_type="constant", loss_type=[name], bf16=False, max_length=None)
+    theirs = trl.DPOTrainer(tiny_model().float(), ref_model=tiny_model().float(), args=trl.DPOConfig(str(tmp_path / "trl"), gradient_checkpointing=False, **given), train_dataset=datasets.Dataset.from_list(chat), processing_class=TOKENIZER)
+    theirs.train()
+    ours = train(tmp_path / "ours", tiny_model().float(), chat, score_tail=True, **given)
+    for key in ("loss", "logps/chosen", "logps/rejected"):
+        a, b = ([h[key] for h in lines(t)] for t in (ours, theirs))
+        assert len(a) == 5 and a == pytest.approx(b, rel=2e-4, abs=2e-4), key
+
+
+def test_dropout_is_off_unless_asked_for(tmp_path):
+    "T08: module and functional dropout, in policy and reference."
+    def noisy():
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("gpt2", vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=.3, embd_pdrop=.3, attn_pdrop=.3), dtype=torch.float64).train()
+    off = train(tmp_path / "off", noisy(), learning_rate=0.)
+    on = train(tmp_path / "on", noisy(), learning_rate=0., disable_dropout=False)
+    assert all(abs(x - math.log(2)) < 1e-12 for x in losses(off)) and any(abs(x - math.log(2)) > 1e-6 for x in losses(on))
+    assert json.loads((tmp_path / "on" / "run_card.json").read_text())["settings"]["disable_dropout"] is False
+
+
+def test_same_seed_same_weights_and_another_order_for_another(tmp_path):
+    "T65, T66 within a process."
+    a, b, c = (train(tmp_path / str(i), seed=s, data=[dict(PAIRS[i % 7], rejected=f"no {i}") for i in range(16)]) for i, s in enumerate((0, 0, 1)))
+    assert weights_hash(a.model) == weights_hash(b.model) != weights_hash(c.model)
+    assert a.order.seed == 0 and c.order.seed == 1
