@@ -228,7 +228,7 @@ def table_figure(
     ax.set_xticklabels(races); ax.set_yticklabels(names, fontsize=8); ax.grid(False)
     return finish(fig)
 
-# %% ../nbs/20c_one_world.ipynb #2925fc7b
+# %% ../nbs/20c_one_world.ipynb #535f2266
 def advice(
     races:dict, condition:str,
     n:int=3,                    # how many to name
@@ -239,7 +239,7 @@ def advice(
     gaps = {m: torch.tensor(rows["sigmoid"]["regret"][half:]) - torch.tensor(rows[m]["regret"][half:]) for m in picked}
     return [(m, g.mean().item(), *bootstrap_interval(g)) for m, g in gaps.items()]
 
-# %% ../nbs/20c_one_world.ipynb #58527459
+# %% ../nbs/20c_one_world.ipynb #a6539371
 def chooser_figure(
     races:dict, # from `recorded`
 ):              # a figure
