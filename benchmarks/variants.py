@@ -127,13 +127,11 @@ def one_run(args, loss, beta, seed, train_set, held):
                            per_device_train_batch_size=args.batch, per_device_eval_batch_size=args.batch, max_steps=args.steps, lr_scheduler_type="linear", warmup_steps=args.steps // 10,
                            logging_steps=max(1, args.steps // 10), save_strategy="no", report_to="none", disable_tqdm=True, max_length=512, truncation_mode="keep_start")
         trainer = DPOTrainer(model, args=config, train_dataset=train_set, eval_dataset=held, processing_class=tokenizer, peft_config=lora)
-        trainer.prepare_reference()
-        logps = [trainer.cached.table[r.key] for r in trainer.eval_dataset]
+        before = trainer.evaluate()
         trainer.train()
         found = trainer.evaluate()
-    ref_chosen, ref_rejected = (sum(c) / len(logps) for c in zip(*logps))
     out = dict(loss=loss, beta=beta, seed=seed, steps=args.steps, seconds=round(time.time() - start, 1), accuracy=found["eval_rewards/accuracies"], eval_loss=found["eval_loss"],
-               chosen_drift=found["eval_logps/chosen"] - ref_chosen, rejected_drift=found["eval_logps/rejected"] - ref_rejected)
+               **{f"{side}_drift": found[f"eval_logps/{side}"] - before[f"eval_logps/{side}"] for side in ("chosen", "rejected")})
     return out | (generated(args, trainer.model, tokenizer, seed) if args.prompts else {})
 
 

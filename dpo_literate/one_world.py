@@ -250,7 +250,7 @@ def chooser_figure(
             y, shade = i + .24 * (j - 1), COLORS["policy" if low > 0 else "muted"]
             ax.plot([low, high], [y, y], color=shade, lw=2)
             ax.plot(gap, y, "o", color=shade, ms=5)
-            ax.text(max(high, 0) + .02, y, name, va="center", fontsize=8)
+            ax.annotate(name, (max(high, 0), y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
     ax.axvline(0, color=COLORS["ref"], lw=.8)
     ax.set(yticks=range(len(races)), xlabel="regret saved against DPO (units of reward; 95 % over five worlds)", title="Which loss for my data?")
     ax.set_yticklabels([f"{c}:\n{CONDITIONS[c].about}" for c in races], fontsize=8)
