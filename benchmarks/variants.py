@@ -162,6 +162,7 @@ def scan(args):
 
 
 def record(args):
+    if not Path(args.runs).is_file(): raise Refusal(f"no file {args.runs}: run the scan first")
     runs = [json.loads(line) for line in Path(args.runs).read_text().splitlines()]
     command = "python benchmarks/variants.py scan " + args.said
     print(save_result("variants_scan", {"runs": runs}, command=command, config=dict(said=args.said, losses=sorted({r["loss"] for r in runs}), steps=runs[0]["steps"]),
