@@ -231,18 +231,19 @@ def table_figure(
     ax.set_xticklabels(races); ax.set_yticklabels(names, fontsize=8); ax.grid(False)
     return finish(fig)
 
-# %% ../nbs/20c_one_world.ipynb #8dab7252
+# %% ../nbs/20c_one_world.ipynb #a6c0792d
 def advice(
     races:dict, condition:str,
     n:int=3,                    # how many to name
 )->list[tuple]:                 # name, then its lead over DPO in the worlds it was not picked in: mean, low, high
     "The best of half of the worlds, judged in the other half."
     half, rows = len(TEST) // 2, races[condition]
-    picked = sorted(rows, key=lambda m: sum(rows[m]["regret"][:half]))[:n]
+    different = {tuple(round(v, 3) for v in r["regret"]): m for m, r in reversed(rows.items())}.values()  # KTO on pairs is KTO
+    picked = sorted(different, key=lambda m: sum(rows[m]["regret"][:half]))[:n]
     gaps = {m: torch.tensor(rows["sigmoid"]["regret"][half:]) - torch.tensor(rows[m]["regret"][half:]) for m in picked}
     return [(m, g.mean().item(), *bootstrap_interval(g)) for m, g in gaps.items()]
 
-# %% ../nbs/20c_one_world.ipynb #7de641c1
+# %% ../nbs/20c_one_world.ipynb #3d4fe860
 def chooser_figure(
     races:dict, # from `recorded`
 ):              # a figure
