@@ -1,6 +1,6 @@
 """The races of page 20c, its claims, and the same losses on a real model.
 
-    python benchmarks/variants.py world [--condition clean ...]   every loss under every judge: nbs/results/variants_world_*.json (about 15 min)
+    python benchmarks/variants.py world [--condition clean ...]   every loss under every judge: nbs/results/variants_world_*.json (under 10 min)
     python benchmarks/variants.py imbalance                       KTO with a tenth of its good replies: variants_imbalance.json
     python benchmarks/variants.py claims                          judge the claims from those: claims_20c_one_world.json
     python benchmarks/variants.py scan --pairs FILE [...]         loss x beta x seed on a language model: one line of JSON a run, resumable
@@ -48,11 +48,9 @@ def imbalance(args):
 
 # ------------------------------------------------------------ claims
 
-def difference(condition, name, key="regret", other="sigmoid"):
-    "Mean and interval of a difference in the same worlds; negative regret is better."
-    from dpo_literate.one_world import recorded
-    races = recorded()[condition]
-    gap = torch.tensor(races[name][key], dtype=torch.float64) - torch.tensor(races[other][key], dtype=torch.float64)
+def difference(ours, other):
+    "Mean and interval of a difference in the same worlds."
+    gap = torch.tensor(ours, dtype=torch.float64) - torch.tensor(other, dtype=torch.float64)
     return gap.mean().item(), *bootstrap_interval(gap)
 
 
@@ -80,23 +78,21 @@ CLAIMS = [  # claim, source, paper's figure, judge, method, other, key, wanted s
     ("NCA keeps the chosen replies from falling as they do under DPO", "arXiv:2402.05369", "figure not read", "alike", "nca_pair", "sigmoid", "drift", 1),
     ("EXO beats DPO", "arXiv:2402.00856", "figure not read", "clean", "exo_pair", "sigmoid", "regret", -1),
     ("DiscoPOP beats DPO", "arXiv:2406.08414", "figure not read", "clean", "discopop", "sigmoid", "regret", -1),
-    ("ORPO does without a reference what DPO does with one", "arXiv:2403.07691", "Mistral-Base AlpacaEval 2 LC 14.7 against DPO's 15.1", "clean", "orpo", "sigmoid", "regret", -1),
+    ("ORPO, without a reference, beats DPO", "arXiv:2403.07691", "Mistral-Base AlpacaEval 2 LC 14.7 against DPO's 15.1", "clean", "orpo", "sigmoid", "regret", -1),
 ]
 
 
 def claims(args):
-    from dpo_literate.one_world import TEST
+    from dpo_literate.one_world import TEST, recorded
     from dpo_literate.results import load_result
-    rows = []
+    rows, races = [], recorded()
     for claim, source, figure, judge, name, other, key, wanted in CLAIMS:
-        mean, low, high = difference(judge, name, key, other)
+        mean, low, high = difference(races[judge][name][key], races[judge][other][key])
         rows.append(dict(claim=claim, source=source, paper_figure=figure, setup=f"ten enumerable worlds, judge '{judge}': {key} of {name} minus {other}", ours=round(mean, 3),
                          low=round(low, 3), high=round(high, 3), seeds=len(TEST), verdict=verdict(low, high, wanted), command=f"python benchmarks/variants.py world --condition {judge}"))
-    runs, dpo = load_result("variants_imbalance", quiet=True), load_result("variants_world_clean", quiet=True)["sigmoid"]["regret"]
-    gap = torch.tensor(runs["tenth_weighed"]["regret"], dtype=torch.float64) - torch.tensor(dpo, dtype=torch.float64)
-    low, high = bootstrap_interval(gap)
+    mean, low, high = difference(load_result("variants_imbalance", quiet=True)["tenth_weighed"]["regret"], races["clean"]["sigmoid"]["regret"])
     rows.append(dict(claim="KTO with a tenth of the good replies is no worse than DPO on all pairs", source="arXiv:2402.01306", paper_figure="up to 90 % fewer desirable replies without loss",
-                     setup="ten enumerable worlds, judge 'clean', desirable weight 10: regret minus DPO's", ours=round(gap.mean().item(), 3), low=round(low, 3), high=round(high, 3),
+                     setup="ten enumerable worlds, judge 'clean', desirable weight 10: regret minus DPO's", ours=round(mean, 3), low=round(low, 3), high=round(high, 3),
                      seeds=len(TEST), verdict="held" if high <= 0 else "did not hold" if low > 0 else "too small to tell", command="python benchmarks/variants.py imbalance"))
     print(save_claims("20c_one_world", rows))
     for r in rows: print(f"{r['verdict']:18s} {r['ours']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]  {r['claim']}")
@@ -131,13 +127,11 @@ def one_run(args, loss, beta, seed, train_set, held):
                            per_device_train_batch_size=args.batch, per_device_eval_batch_size=args.batch, max_steps=args.steps, lr_scheduler_type="linear", warmup_steps=args.steps // 10,
                            logging_steps=max(1, args.steps // 10), save_strategy="no", report_to="none", disable_tqdm=True, max_length=512, truncation_mode="keep_start")
         trainer = DPOTrainer(model, args=config, train_dataset=train_set, eval_dataset=held, processing_class=tokenizer, peft_config=lora)
-        trainer.prepare_reference()
-        logps = [trainer.cached.table[r.key] for r in trainer.eval_dataset]
+        before = trainer.evaluate()
         trainer.train()
         found = trainer.evaluate()
-    ref_chosen, ref_rejected = (sum(c) / len(logps) for c in zip(*logps))
     out = dict(loss=loss, beta=beta, seed=seed, steps=args.steps, seconds=round(time.time() - start, 1), accuracy=found["eval_rewards/accuracies"], eval_loss=found["eval_loss"],
-               chosen_drift=found["eval_logps/chosen"] - ref_chosen, rejected_drift=found["eval_logps/rejected"] - ref_rejected)
+               **{f"{side}_drift": found[f"eval_logps/{side}"] - before[f"eval_logps/{side}"] for side in ("chosen", "rejected")})
     return out | (generated(args, trainer.model, tokenizer, seed) if args.prompts else {})
 
 
@@ -168,6 +162,7 @@ def scan(args):
 
 
 def record(args):
+    if not Path(args.runs).is_file(): raise Refusal(f"no file {args.runs}: run the scan first")
     runs = [json.loads(line) for line in Path(args.runs).read_text().splitlines()]
     command = "python benchmarks/variants.py scan " + args.said
     print(save_result("variants_scan", {"runs": runs}, command=command, config=dict(said=args.said, losses=sorted({r["loss"] for r in runs}), steps=runs[0]["steps"]),
