@@ -27,7 +27,7 @@ from .results import Refusal, provenance, to_json, write_atomic
 from .reward_model import load_reward_model, score_texts
 from .rows import encode_prompt
 from .trainer import epoch_order
-from .world import World, objective, optimal_policy, preference_probs
+from .world import World, preference_probs
 
 # %% ../nbs/12_ppo.ipynb #048f809f
 class KLEstimates(NamedTuple):
@@ -127,7 +127,7 @@ def step_stats(
     mask:Tensor, clip:float=.2,     # (B,T); ε
 )->dict[str,float]:
     "How far a step went: share of clipped ratios, KL from the old policy, variance the values explain."
-    ratio, n = (logps - old_logps).exp(), mask.sum()
+    ratio = (logps - old_logps).exp()
     spread = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
     return dict(clip_fraction=masked_mean(((ratio - 1).abs() > clip).float(), mask).item(),
                 step_kl=masked_mean(kl_estimates(old_logps, logps).k3, mask).item(),
@@ -508,8 +508,6 @@ def plot_ppo(
     right.plot(step, [h["kl"] for h in history], color=COLORS["ref"])
     right.set(xlabel="step", ylabel="KL of a reply (nat)", title="So does the distance")
     return finish(fig)
-
-plot_ppo(lines)
 
 # %% ../nbs/12_ppo.ipynb #4c82a4ba
 def reward_function(

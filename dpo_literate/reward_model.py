@@ -7,8 +7,8 @@ __all__ = ['with_score_head', 'load_reward_model', 'end_positions', 'end_states'
            'packs_exactly', 'make_scorer', 'RewardTrainer', 'pair_scores', 'Accuracy', 'accuracy', 'Calibration',
            'calibration', 'plot_reward', 'score_texts', 'standardise', 'main_reward_train', 'report_reward']
 
-# %% ../nbs/11c_reward_model.ipynb #80b7cb22
-import argparse, copy, json, math, time
+# %% ../nbs/11c_reward_model.ipynb #b2e1cba0
+import argparse, copy, math, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
