@@ -1,6 +1,8 @@
 """Reward models and the reward-KL frontier on the bundled model: every cell resumable, one file a cell.
 
+    python benchmarks/frontier.py world                                     enumerable worlds: the claims of page 13, a minute
     python benchmarks/frontier.py reward [--seeds 0 1 2] [--minutes 8]      hh-harmless reward model; goes on where it stopped
+    python benchmarks/frontier.py text [--seeds 0 1 2] [--methods dpo …]    controlled sentiment; cells that exist are not run again
 """
 import argparse
 import json
@@ -72,6 +74,68 @@ def reward(args):
                 seconds=sum(c["seconds"] for c in cells), what="Scores that a reward model of the bundled model gives the held-out pairs of hh-harmless.")
 
 
+# ------------------------------------------------------------ enumerable worlds
+
+PRICES, WORLDS, VERDICTS_N = (2., 1., .5, .3), 10, 500
+
+
+def one_world(seed):
+    "What each method gets in one random world, and the differences the claims are about."
+    import torch
+
+    from dpo_literate.frontier import best_of_n, point_of, shortfall, wide_world
+    from dpo_literate.ppo import drawn_pairs, world_dpo, world_ppo
+    from dpo_literate.reward import fit_scores, win_counts
+    from dpo_literate.world import sample_pairs
+    world = wide_world(seed=seed)
+    pairs = sample_pairs(world, VERDICTS_N, torch.Generator().manual_seed(seed))
+    wins = win_counts(pairs, 3, 40) + .01 * (1 - torch.eye(40, dtype=torch.float64))
+    scores, every = fit_scores(wins), drawn_pairs(world)
+    def lost(policies): return [shortfall(world, p) for p in policies]
+    def reward(policies): return [point_of(world, p).reward for p in policies]
+    dpo, learned = [world_dpo(world, wins, b) for b in PRICES], [world_ppo(world, scores, b, seed)[-1] for b in PRICES]
+    true = [world_ppo(world, world.rewards, b, seed)[-1] for b in PRICES]
+    return dict(seed=seed, dpo_exact=lost([world_dpo(world, every, b) for b in PRICES]), dpo=lost(dpo), ppo_learned=lost(learned), ppo_true=lost(true),
+                best_of_n=lost([best_of_n(world, n) for n in (2, 4, 8, 16, 32)]), dpo_minus_ppo=[a - b for a, b in zip(reward(dpo), reward(learned))])
+
+
+def world(args):
+    import torch
+
+    from dpo_literate.results import bootstrap_interval, save_claims
+    start = time.perf_counter()
+    found = [one_world(seed) for seed in range(WORLDS)]
+    command = "python benchmarks/frontier.py world"
+    save_result("frontier_worlds", dict(worlds=found), command=command, config=dict(prices=PRICES, verdicts=VERDICTS_N, replies=40, prompts=3), seed=list(range(WORLDS)),
+                seconds=time.perf_counter() - start, what="Reward each method leaves lying below the exact frontier, in ten random worlds.")
+    def over(value): return [value(f) for f in found]
+    def row(claim, figure, values, verdict, scale=""):
+        low, high = bootstrap_interval(values)
+        return dict(claim=claim, source="arXiv:2305.18290, Fig. 2", paper_figure=figure, ours=torch.tensor(values).mean().item(), low=low, high=high, seeds=WORLDS, command=command,
+                    setup=f"3 prompts × 40 replies, tables, {VERDICTS_N} verdicts, β {', '.join(map(str, PRICES))}; {scale}", verdict=verdict(low, high))
+    def mean(x): return sum(x) / len(x)
+    near = over(lambda f: max(f["dpo_exact"]))
+    same, against = over(lambda f: mean(f["dpo_minus_ppo"])), over(lambda f: mean(f["ppo_true"]) - mean(f["dpo"]))
+    rows = [row("DPO told every preference reaches the optimum's frontier", "none: the optimum is unknown on text", near, lambda lo, hi: "held" if hi < 1e-6 else "did not hold", "most reward left lying"),
+            row("DPO gets more reward than PPO with a reward learned from the same pairs", "DPO above PPO at every KL", same, lambda lo, hi: "held" if lo > .01 else "did not hold" if hi < .01 else "too small to tell", "DPO − PPO, same β"),
+            row("DPO gets more reward than PPO with the true reward", "DPO above PPO-GT at every KL", against, lambda lo, hi: "held" if lo > 0 else "did not hold" if hi < 0 else "too small to tell", "reward left lying, PPO − DPO")]
+    save_claims("frontier", rows)
+    for r in rows: print(f"{r['verdict']:18} {r['ours']:+.2g} [{r['low']:+.2g}, {r['high']:+.2g}]  {r['claim']}")
+
+
+# ------------------------------------------------------------ controlled sentiment on the bundled model
+
+def text(args):
+    from dpo_literate.frontier import main_frontier
+    args.output = RUNS / "text"
+    code = main_frontier(args)
+    report = json.loads((args.output / "report.json").read_text())
+    if not args.methods: save_result("frontier_text", report["values"], command="python benchmarks/frontier.py text --prompts FILE --seeds " + " ".join(map(str, args.seeds)),
+                                     config=report["config"], seed=args.seeds, seconds=report["seconds"],
+                                     what="True reward and exact KL of every method on held-out prompts, with seconds, memory and tokens sampled.")
+    return code
+
+
 def main(argv=None):
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = top.add_subparsers(dest="what", required=True)
@@ -79,6 +143,12 @@ def main(argv=None):
     one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     one.add_argument("--minutes", type=float, default=8., help="of this piece")
     one.set_defaults(run=reward)
+    kinds.add_parser("world").set_defaults(run=world)
+    two = kinds.add_parser("text")
+    two.add_argument("--prompts", required=True, help="a text file, a prompt a line")
+    two.add_argument("--methods", nargs="+", help="some of dpo ppo_true ppo_learned sft unlikelihood best_of_n; all by default, and only all is recorded")
+    two.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    two.set_defaults(run=text)
     args = top.parse_args(argv)
     return args.run(args)
 
