@@ -10,7 +10,7 @@ __all__ = ['STRENGTHS', 'Point', 'point_of', 'wide_world', 'reward_at', 'shortfa
 
 # %% ../nbs/13_frontier.ipynb #854a6e90
 import argparse, json, math, resource, time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -157,7 +157,7 @@ def adapter(config:FrontierConfig, **more):
 
 def quiet(folder, config, seed): # arguments that both trainers share
     return dict(output_dir=str(folder), seed=seed, learning_rate=config.lr, num_train_epochs=config.epochs, per_device_train_batch_size=8,
-                save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=10, warmup_steps=5)
+                save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=10)
 
 def train_offline(
     config:FrontierConfig, method:str, strength:float, seed:int,
@@ -219,7 +219,6 @@ def measure(
 
 def measure_best_of_n(config:FrontierConfig, n:int, held:list, seed:int)->dict: # as `measure`
     "The best of n reference replies, several groups a prompt."
-    from dataclasses import replace
     shared = shared_pairs(replace(config, per_prompt=n * config.eval_replies), held, 10_000 + seed)
     best = torch.tensor(shared["scores"]).view(len(held), config.eval_replies, n).amax(-1)
     return dict(rewards=best.tolist(), kls=[[best_of_n_bound(n)] * config.eval_replies] * len(held), tokens=shared["tokens"])
@@ -255,7 +254,7 @@ def summary(
     rows = []
     for method, strength in dict.fromkeys((c["method"], c["strength"]) for c in cells):
         mine = [c for c in cells if (c["method"], c["strength"]) == (method, strength)]
-        r, d = (torch.tensor([torch.tensor(c[k], dtype=torch.float64).mean().item() for c in mine]) for k in ("rewards", "kls"))
+        r, d = (torch.stack([torch.tensor(c[k], dtype=torch.float64).mean() for c in mine]) for k in ("rewards", "kls"))
         low, high = bootstrap_interval(r) if len(mine) > 1 else (None, None)
         rows.append(dict(method=method, strength=strength, seeds=len(mine), kl=d.mean().item(), reward=r.mean().item(), low=low, high=high,
                          **{k: sum(c[k] for c in mine) / len(mine) for k in ("seconds", "peak_bytes", "sampled", "models")}))
