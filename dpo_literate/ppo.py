@@ -520,6 +520,7 @@ def reward_function(
         judge = SentimentIntensityAnalyzer()
         return lambda prompts, replies: [judge.polarity_scores(r)["compound"] for r in replies]
     model, tokenizer = load_reward_model(name), load_tokenizer(name)
+    if not model.score.weight.any(): raise Refusal(f"{name} has no trained head: every reply would score 0; train one with dpo-literate reward-train")
     return lambda prompts, replies: score_texts(model, tokenizer, prompts, replies)
 
 def read_prompts(

@@ -339,3 +339,14 @@ def test_rewards_by_name(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps(dict(prompt="a", chosen="b", rejected="c")))
     assert read_prompts(tmp_path / "pairs.jsonl") == ["a"]
     with pytest.raises(Refusal, match="does not exist"): read_prompts(tmp_path / "none.txt")
+
+
+def test_a_language_model_is_not_a_reward(tmp_path):
+    write_folder(tmp_path / "lm", tiny_model(scale=1.).float(), TOKENIZER)
+    with pytest.raises(Refusal, match="no trained head"): reward_function(tmp_path / "lm")
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_every_penalty_and_a_target_run(kind):
+    lines = train(make(config=replace(CONFIG, kl_estimator=kind, kl_target=.5, lr=3e-3)))
+    assert lines[0]["kl_coef"] == .01 and lines[1]["kl_coef"] < .01 and all(math.isfinite(v) for v in lines[-1].values())
