@@ -2,7 +2,7 @@
 import argparse, json, math
 import pytest, torch
 from torch import nn
-from dpo_literate.frontier import (STRENGTHS, FrontierConfig, best_of_n, best_of_n_bound, main_frontier, point_of, reward_at, run_cell, shared_pairs, shortfall,
+from dpo_literate.frontier import (STRENGTHS, FrontierConfig, best_of_n, best_of_n_bound, main_frontier, reward_at, run_cell, shared_pairs, shortfall,
                                    summary, wide_world)
 from dpo_literate.models import tiny_model, write_folder
 from dpo_literate.ppo import world_dpo, world_ppo

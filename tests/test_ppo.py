@@ -7,7 +7,7 @@ from dpo_literate.ppo import (PPO, KLControl, PPOConfig, collect, drawn_pairs, e
                               policy_loss, read_prompts, read_replies, reward_function, sample_replies, save_state, score_replies, step_stats, token_rewards,
                               train, value_loss, whiten, world_dpo, world_ppo)
 from dpo_literate.results import Refusal
-from dpo_literate.rows import encode_pairs, encode_prompt, tiny_tokenizer
+from dpo_literate.rows import encode_prompt, tiny_tokenizer
 from dpo_literate.logps import pad_rows, reply_logps
 from dpo_literate.world import World, kl, objective, optimal_policy, sample_pairs, small_world
 
