@@ -14,7 +14,6 @@ import json
 import random
 import sys
 import time
-from pathlib import Path
 
 import torch
 
@@ -167,7 +166,90 @@ def record_displacement(configs):
 def mean_path(paths): return [[round(sum(p[i][side] for p in paths) / len(paths), 3) for side in (0, 1)] for i in range(min(map(len, paths)))]
 
 
-PAGES = {"displacement": (displacement_configs, displacement_cell, record_displacement, (0, 1, 2))}
+# ------------------------------------------------------------ page 30: style
+
+BLOCK, CONTENTS, GRAM, STYLED = 15, 8, 16, ("upper", "polite", "markdown", "bullets", "json")
+PENALTY = dict(weight=.7, cap=.3, warmup=1, probes=1)
+ARMS = ("DPO", "matched", "isotropic", "wrong", "signal")
+
+
+def tdi_configs(seeds):
+    return [dict(arm=arm, seed=seed, train=TRAIN, held=HELD, block=BLOCK, contents=CONTENTS, gram=GRAM, styles=STYLED, **PENALTY, **SETTINGS)
+            for seed in seeds for arm in ARMS]
+
+
+def styled(tokenizer, pairs):
+    "Token ids of each answer, plain and in five styles, and the content of each."
+    from dpo_literate.probes.tdi import styled_ids
+    ids, labels, styles = styled_ids(tokenizer, pairs)
+    keep = [i for i, s in enumerate(styles) if s in ("plain", *STYLED)]
+    return [ids[i] for i in keep], [labels[i] for i in keep], [styles[i] for i in keep]
+
+
+def style_start(seed):
+    "What the arms of a seed share: data, the model before as others see it, the directions of style and of content at the block."
+    from dpo_literate.probes.displacement import pair_logps
+    from dpo_literate.probes.tdi import embed, style_factor
+    if MEMORY.get("key") != ("style", seed):
+        MEMORY.clear()
+        train, held = split("plain", seed, TRAIN, HELD)
+        tokenizer, model = load_tokenizer("bundled"), load_model("bundled")
+        rows, _ = encode_pairs(held, tokenizer)
+        ids, labels, styles = styled(tokenizer, train[:GRAM])
+        at = embed(model, ids, BLOCK)
+        plain = {l: i for i, (l, s) in enumerate(zip(labels, styles)) if s == "plain"}
+        delta = torch.stack([at[i] - at[plain[l]] for i, (l, s) in enumerate(zip(labels, styles)) if s != "plain"])
+        seen = styled(tokenizer, held[:CONTENTS])
+        MEMORY.update(key=("style", seed), train=train, rows=rows, tokenizer=tokenizer, style=style_factor(delta), contents=at[list(plain.values())],
+                      seen=seen, before=embed(model, seen[0]), logps=pair_logps(model, rows))
+    return MEMORY
+
+
+def tdi_cell(config):
+    from transformers import PrinterCallback
+
+    from dpo_literate.probes.displacement import pair_logps
+    from dpo_literate.probes.tdi import MatchedDPOTrainer, arm_factor, embed, layout_tdi, tdi_change
+    from dpo_literate.trainer import DPOConfig, DPOTrainer
+    s, seed = style_start(config["seed"]), config["seed"]
+    args = DPOConfig(str(CELLS / "trainer" / f"style_{seed}"), seed=seed, save_strategy="no", report_to=[], disable_tqdm=True, **SETTINGS)
+    more = dict(train_dataset=s["train"], processing_class=s["tokenizer"], args=args)
+    if config["arm"] == "DPO": trainer = DPOTrainer("bundled", **more)
+    else: trainer = MatchedDPOTrainer("bundled", factor=arm_factor(config["arm"], s["style"], s["contents"], seed).float(), block=BLOCK, **PENALTY, **more)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.model.eval()
+    after, (_, labels, _) = embed(trainer.model, s["seen"][0]), s["seen"]
+    shift = pair_logps(trainer.model, s["rows"]) - s["logps"]
+    return dict(before=layout_tdi(s["before"], labels).value, after=layout_tdi(after, labels).value, change=tdi_change(s["before"], after, labels).value,
+                accuracy=(shift[:, 0] > shift[:, 1]).double().mean().item(), margin=(shift[:, 0] - shift[:, 1]).mean().item())
+
+
+def record_tdi(configs):
+    cells = gathered("tdi", configs)
+    seeds, command = sorted({c["config"]["seed"] for c in cells}), "python benchmarks/probes.py tdi --record"
+    def of(arm, name): return [next(c["values"][name] for c in cells if c["config"]["arm"] == arm and c["config"]["seed"] == seed) for seed in seeds]
+    names = list(cells[0]["values"])
+    save_result("tdi", dict(arms={arm: {name: of(arm, name) for name in names} for arm in ARMS}), command=command,
+                config={k: v for k, v in cells[0]["config"].items() if k not in ("arm", "seed")} | dict(model="bundled", data="polite_pairs"), seed=seeds,
+                seconds=sum(c["seconds"] for c in cells), what="Style TDI (layout form, classes are contents) of held-out answers after DPO with and without penalties of equal trace, bundled model")
+    setup = f"SmolLM2-135M-Instruct, {TRAIN} polite pairs, 1 epoch, lr {SETTINGS['learning_rate']:g}; {CONTENTS} held-out answers in {len(STYLED) + 1} styles"
+    def row(claim, paper, values, verdict):
+        low, high = bootstrap_interval(values)
+        return dict(claim=claim, source="arXiv:2605.22800", paper_figure=paper, setup=setup, ours=sum(values) / len(values), low=low, high=high, seeds=seeds,
+                    verdict=verdict(low, high), command=command)
+    def above(x): return lambda low, high: "held" if low > x else "did not hold" if high < x else "too small to tell"
+    def below(x): return lambda low, high: "held" if high < x else "did not hold" if low > x else "too small to tell"
+    def gap(a, b, name="change"): return [x - y for x, y in zip(of(a, name), of(b, name))]
+    save_claims("tdi", [
+        row("DPO raises Style TDI (after over before)", "≈ 1.3", of("DPO", "change"), above(1.)),
+        row("the matched penalty keeps it lower than DPO does (difference)", "preserved", gap("matched", "DPO"), below(0.)),
+        row("matched is lower than isotropic (difference)", "matched < isotropic", gap("matched", "isotropic"), below(0.)),
+        row("isotropic is lower than the wrong subspace (difference)", "isotropic < wrong-W", gap("isotropic", "wrong"), below(0.)),
+        row("penalising content costs margin: signal minus matched (nat)", "hurts the task", gap("signal", "matched", "margin"), below(0.))])
+
+
+PAGES = {"displacement": (displacement_configs, displacement_cell, record_displacement, (0, 1, 2)), "tdi": (tdi_configs, tdi_cell, record_tdi, (0, 1, 2, 3, 4))}
 
 
 def main(argv=None):

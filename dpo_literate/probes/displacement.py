@@ -10,7 +10,6 @@ __all__ = ['REMEDIES', 'Account', 'account', 'shift_of', 'log_lines', 'plot_shif
 
 # %% ../../nbs/32_displacement.ipynb #05f0f894
 import dataclasses, math
-from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from ..logps import pad_rows, reply_logps
 from ..losses import get_loss
 from ..plots import COLORS, finish, new_fig
 from .base import Probe, Reading, interval_of, scored_states
-from ..results import Refusal, bootstrap_interval
+from ..results import bootstrap_interval
 from ..rows import Row, encode_pairs
 
 # %% ../../nbs/32_displacement.ipynb #7193f2f8
@@ -196,7 +195,7 @@ def one_step_shift(
     out = reply_logps(model, batch)
     up = torch.autograd.grad(out.chosen.sum(), weights, retain_graph=True)
     down = torch.autograd.grad(out.rejected.sum(), weights)
-    return beta / 2 * sum((u.double() * (u - d).double()).sum().item() for u, d in zip(up, down))
+    return beta / 2 * sum((u * (u - d)).sum(dtype=torch.float64).item() for u, d in zip(up, down))
 
 # %% ../../nbs/32_displacement.ipynb #8d9b906f
 def rank_correlation(
