@@ -73,15 +73,15 @@ def split(kind, seed, train, held):
 
 # ------------------------------------------------------------ page 32: displacement
 
-SETTINGS = dict(learning_rate=2e-5, beta=.1, per_device_train_batch_size=4, num_train_epochs=1, lr_scheduler_type="constant", logging_steps=1)
-KINDS, TRAIN, HELD, CHES = ("near", "plain"), 32, 16, 24
+SETTINGS = dict(learning_rate=2e-5, beta=.1, per_device_train_batch_size=2, num_train_epochs=1, lr_scheduler_type="constant", logging_steps=1)
+KINDS, TRAIN, HELD, CHES = ("near", "plain"), 24, 12, 24
 MEMORY = {}
 
 
 def displacement_configs(seeds):
     from dpo_literate.probes.displacement import REMEDIES
-    arms = [dict(arm=arm, data=kind, seed=seed, train=TRAIN, held=HELD, **SETTINGS) for kind in KINDS for seed in seeds for arm in ("DPO", *REMEDIES)]
-    return [dict(arm="CHES", data="both", seed=seed, pairs=CHES, beta=.1) for seed in seeds] + arms
+    def cells(kind, *arms): return [dict(arm=arm, data=kind, seed=seed, train=TRAIN, held=HELD, **SETTINGS) for seed in seeds for arm in arms]
+    return cells("near", "DPO", *REMEDIES) + cells("plain", "DPO") + [dict(arm="CHES", data="both", seed=seed, pairs=CHES, beta=.1) for seed in seeds]
 
 
 def start(kind, seed):
@@ -137,10 +137,10 @@ def record_displacement(configs):
     seeds = sorted({c["config"]["seed"] for c in cells})
     def of(arm, kind, name): return [c["values"][name] for c in cells if c["config"]["arm"] == arm and c["config"]["data"] == kind]
     command = "python benchmarks/probes.py displacement --record"
-    arms = list(dict.fromkeys(c["config"]["arm"] for c in cells if c["config"]["arm"] != "CHES"))
+    arms = {kind: list(dict.fromkeys(c["config"]["arm"] for c in cells if c["config"]["data"] == kind)) for kind in KINDS}
     names = [k for k, v in next(c for c in cells if c["config"]["arm"] == "DPO")["values"].items() if k != "path"]
-    values = dict(arms={kind: {arm: {name: of(arm, kind, name) for name in names} for arm in arms} for kind in KINDS},
-                  paths={kind: {arm: mean_path(of(arm, kind, "path")) for arm in arms} for kind in KINDS},
+    values = dict(arms={kind: {arm: {name: of(arm, kind, name) for name in names} for arm in arms[kind]} for kind in KINDS},
+                  paths={kind: {arm: mean_path(of(arm, kind, "path")) for arm in arms[kind]} for kind in KINDS},
                   ches={k: of("CHES", "both", k) for k in ("rho", "rho_near", "rho_plain", "rho_unnormalised", "falls")})
     save_result("displacement", values, command=command, config=dict(**SETTINGS, train=TRAIN, held=HELD, ches_pairs=CHES, kinds=KINDS, model="bundled", data="polite_pairs"),
                 seed=seeds, seconds=sum(c["seconds"] for c in cells), what="Where the probability of held-out polite pairs goes under DPO and its remedies, bundled model, full fine-tuning")

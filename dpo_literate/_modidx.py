@@ -311,6 +311,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'dpo_literate.probes.tdi.clouds': ('tdi.html#clouds', 'dpo_literate/probes/tdi.py'),
                                          'dpo_literate.probes.tdi.content_of': ('tdi.html#content_of', 'dpo_literate/probes/tdi.py'),
                                          'dpo_literate.probes.tdi.embed': ('tdi.html#embed', 'dpo_literate/probes/tdi.py'),
+                                         'dpo_literate.probes.tdi.embedding_size': ( 'tdi.html#embedding_size',
+                                                                                     'dpo_literate/probes/tdi.py'),
                                          'dpo_literate.probes.tdi.hidden_layers': ('tdi.html#hidden_layers', 'dpo_literate/probes/tdi.py'),
                                          'dpo_literate.probes.tdi.layout_tdi': ('tdi.html#layout_tdi', 'dpo_literate/probes/tdi.py'),
                                          'dpo_literate.probes.tdi.noise_like': ('tdi.html#noise_like', 'dpo_literate/probes/tdi.py'),

@@ -246,3 +246,15 @@ def test_monitor_in_a_real_run(tmp_path, pairs, ill, capsys):
     by_hand = pair_logps(trainer.model, rows) - pair_logps(start, rows)
     assert abs(found["chosen reply"].value - by_hand[:, 0].mean()) < 1e-9
     assert abs(sum(found[f"at the fork: {who}"].value for who in ("chosen token", "rejected token", "all others"))) < 1e-9
+
+
+def test_monitor_under_trl(tmp_path):
+    "TRL logs under the same names, so the callback speaks there too."
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    monitor, start = DisplacementMonitor(), taught(NEAR)
+    args = trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False, save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1, num_train_epochs=6,
+                         per_device_train_batch_size=8, learning_rate=1e-3, lr_scheduler_type="constant", max_grad_norm=0.)
+    trainer = trl.DPOTrainer(copy.deepcopy(start), copy.deepcopy(start), args=args, train_dataset=Dataset.from_list(NEAR), processing_class=TOKENIZER, callbacks=[monitor])
+    trainer.train()
+    assert monitor.said

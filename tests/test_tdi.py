@@ -233,10 +233,11 @@ def test_factors():
     with pytest.raises(Refusal, match="arm"): arm_factor("best", L, contents)
 
 
-def trained(tmp_path, cls=DPOTrainer, layout="packed", accumulate=1, **more):
+def trained(tmp_path, cls=DPOTrainer, layout="packed", accumulate=1, checkpointing=False, kind="gpt2", **more):
     args = DPOConfig(str(tmp_path), use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1, num_train_epochs=2, max_grad_norm=0.,
-                     per_device_train_batch_size=8 // accumulate, gradient_accumulation_steps=accumulate, learning_rate=1e-3, lr_scheduler_type="constant", layout=layout)
-    trainer = cls(tiny_model("gpt2"), args=args, train_dataset=PAIRS, processing_class=TOKENIZER, **more)
+                     per_device_train_batch_size=8 // accumulate, gradient_accumulation_steps=accumulate, learning_rate=1e-3, lr_scheduler_type="constant", layout=layout,
+                     gradient_checkpointing=checkpointing)
+    trainer = cls(tiny_model(kind), args=args, train_dataset=PAIRS, processing_class=TOKENIZER, **more)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer
@@ -256,6 +257,15 @@ def test_the_add_on(tmp_path):
     assert abs(first[0] - math.log(2)) < 1e-12 and first[0] < first[1] <= first[0] * (1 + .7 * .3) + 1e-9
     again = trained(tmp_path / "d", MatchedDPOTrainer, factor=L, block=1, warmup=0)
     assert apart(packed, again) == 0.
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("block", [0, 1])
+def test_recomputed_layers_see_the_same_noise(tmp_path, kind, block):
+    "Gradient checkpointing runs a layer again when the noise is gone; the weights must not notice."
+    more = dict(cls=MatchedDPOTrainer, kind=kind, factor=random(32, 3) * .01, block=block, warmup=0)
+    a, b = trained(tmp_path / "a", **more), trained(tmp_path / "b", checkpointing=True, **more)
+    assert apart(a, b) < (1e-9 if kind == "gpt2" else 1e-5)
 
 
 def test_evaluation_is_dpo(tmp_path):

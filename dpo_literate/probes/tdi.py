@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CONTRACTIONS', 'SYNONYMS', 'BEFORE', 'AFTER', 'HEADING', 'STYLES', 'swap_words', 'variants', 'content_of',
            'hidden_layers', 'pool', 'embed', 'clouds', 'layout_tdi', 'blocks_of', 'shaken', 'noise_like',
-           'shaken_layers', 'trajectory_tdi', 'path_length', 'path_tdi', 'semantic_tdi', 'reply_means', 'pair_at',
-           'style_penalty', 'capped', 'style_factor', 'arm_factor', 'caught', 'MatchedDPOTrainer', 'styled_ids',
-           'tdi_probe', 'tdi_change', 'style_drift', 'tdi_figure']
+           'embedding_size', 'shaken_layers', 'trajectory_tdi', 'path_length', 'path_tdi', 'semantic_tdi',
+           'reply_means', 'pair_at', 'style_penalty', 'capped', 'style_factor', 'arm_factor', 'caught',
+           'MatchedDPOTrainer', 'styled_ids', 'tdi_probe', 'tdi_change', 'style_drift', 'tdi_figure']
 
 # %% ../../nbs/30_tdi.ipynb #1cbf3ee7
 import contextlib, json, re
@@ -136,7 +136,7 @@ def layout_tdi(
         return (w @ spread / w.sum()) / ((both * apart).sum() / both.sum())
     return Reading(name, float(ratio(torch.ones_like(spread))), *interval_of(ratio, len(spread)), len(spread), "", "lower")
 
-# %% ../../nbs/30_tdi.ipynb #d2f55dc4
+# %% ../../nbs/30_tdi.ipynb #7351d70c
 def blocks_of(
     model, # a causal language model, wrapped or not
 ):         # its layers, in order
@@ -154,17 +154,21 @@ def shaken(
     noise:Tensor, # added to it, broadcast to (B,T,H)
 ):
     "For the time of the block, a layer sees its input plus something."
-    def add(module, args, kwargs):
-        if args: return (args[0] + noise.to(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] + noise.to(kwargs["hidden_states"])}
-    handle = blocks_of(model)[block].register_forward_pre_hook(add, with_kwargs=True)
+    before = blocks_of(model)[block - 1] if block else unwrapped(model).get_input_embeddings()
+    def add(module, args, out):
+        return (out[0] + noise.to(out[0]), *out[1:]) if isinstance(out, tuple) else out + noise.to(out)
+    handle = before.register_forward_hook(add)
     try: yield
     finally: handle.remove()
 
-# %% ../../nbs/30_tdi.ipynb #7e3f380e
+# %% ../../nbs/30_tdi.ipynb #6b840b76
 def noise_like(ids:list, width:int, sigma:float, seed:int)->list: # (T,H) each
     "Gaussian noise for each text, the same whatever the batch."
     return [sigma * torch.randn(len(t), width, generator=torch.Generator().manual_seed(seed * 100_003 + i), dtype=torch.float64) for i, t in enumerate(ids)]
+
+def embedding_size(model)->float: # root mean square over the whole table
+    "How large a model's token embeddings are."
+    return unwrapped(model).get_input_embeddings().weight.detach().double().square().mean().sqrt().item()
 
 @torch.no_grad()
 def shaken_layers(
@@ -180,7 +184,7 @@ def shaken_layers(
     for start in range(0, len(ids), batch_size):
         some, n = ids[start:start + batch_size], noise[start:start + batch_size]
         clean, mask = hidden_layers(model, some)
-        scale = (clean[0].double().square() * mask[..., None]).sum().div(mask.sum() * width).sqrt() if relative else 1.
+        scale = embedding_size(model) if relative else 1.
         with shaken(model, 0, torch.nn.utils.rnn.pad_sequence(n, batch_first=True).to(clean[0].device) * scale):
             moved, _ = hidden_layers(model, some)
         yield *([h.double().cpu() for h in s[1:]] for s in (clean, moved)), mask.cpu()
