@@ -337,7 +337,7 @@ class MatchedDPOTrainer(DPOTrainer):
         clean = reply_means(seen[-1].reshape(-1, seen[-1].shape[-1])[batch.score_at], batch)
         g = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
         z = torch.randn(self.probes, batch.n_pairs, self.factor.shape[1], generator=g).to(clean)
-        penalty = style_penalty(model, batch, self.factor.to(clean.device), self.block, z, clean)
+        with self.compute_loss_context_manager(): penalty = style_penalty(model, batch, self.factor.to(clean.device), self.block, z, clean)
         return loss + self.weight * capped(penalty, loss, self.cap), *rest
 
 # %% ../../nbs/30_tdi.ipynb #f2fd520b
