@@ -1,0 +1,274 @@
+"""What DPO does to the bundled model beside what it was asked to do: the recorded runs of pages 30 and 32.
+
+    python benchmarks/probes.py displacement [--seeds 0 1 2] [--minutes 8]   train and read, one small file a cell
+    python benchmarks/probes.py tdi [--seeds 0 1 2 3 4] [--minutes 8]
+    python benchmarks/probes.py displacement --record                        gather the cells into nbs/results/
+
+A cell is one arm with one seed. A finished cell is kept under runs/probes/ and not run again, so a stopped run goes on where it was;
+a cell that was made with other settings is made anew. --record refuses while a cell is missing.
+"""
+import argparse
+import difflib
+import hashlib
+import json
+import random
+import sys
+import time
+
+import torch
+
+from dpo_literate.models import load_model, load_tokenizer
+from dpo_literate.results import Refusal, bootstrap_interval, data_dir, repo_dir, save_claims, save_result, write_atomic
+from dpo_literate.rows import encode_pairs
+
+CELLS = repo_dir() / "runs" / "probes"
+
+
+def key(config): return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def cell_path(page, config): return CELLS / f"{page}_{config['arm'].replace(' ', '-')}_{config.get('data', 'all')}_{config['seed']}_{key(config)}.json"
+
+
+def work(page, configs, run, minutes):
+    "Run the cells that are missing until the time is up; how many are left."
+    start, left = time.time(), [c for c in configs if not cell_path(page, c).exists()]
+    print(f"{page}: {len(configs) - len(left)} of {len(configs)} cells are there", flush=True)
+    while left and time.time() - start < 60 * minutes:
+        config, began = left.pop(0), time.time()
+        values = run(config)
+        write_atomic(cell_path(page, config), json.dumps({"config": config, "values": values, "seconds": time.time() - began}))
+        print(f"  {config['arm']}, {config.get('data', '')} seed {config['seed']}: {time.time() - began:.0f} s  {summary(values)}", flush=True)
+    return len(left)
+
+
+def summary(values): return ", ".join(f"{k} {v:.3g}" for k, v in values.items() if isinstance(v, float))
+
+
+def gathered(page, configs):
+    missing = [c for c in configs if not cell_path(page, c).exists()]
+    if missing: raise Refusal(f"{len(missing)} cells of {page} are missing, first {missing[0]['arm']} seed {missing[0]['seed']}: run it without --record")
+    return [json.loads(cell_path(page, c).read_text()) for c in configs]
+
+
+def polite_pairs():
+    "Instruction pairs as chats, each with how alike its replies are (share of words kept, 0 to 1)."
+    if data_dir() is None: raise Refusal("no data: set DPO_LITERATE_DATA to the folder that holds polite_pairs")
+    raw = [json.loads(line) for line in (data_dir() / "polite_pairs" / "pairs.jsonl").read_text().splitlines()]
+    kept = [r for r in raw if r["chosen"].strip() != r["rejected"].strip()]
+    def chat(r): return [{"role": "user", "content": r["instruction"] + (f"\n\n{r['input']}" if r["input"] else "")}]
+    def turn(text): return [{"role": "assistant", "content": text}]
+    alike = [difflib.SequenceMatcher(None, r["chosen"].split(), r["rejected"].split()).ratio() for r in kept]
+    return [dict(id=r["id"], prompt=chat(r), chosen=turn(r["chosen"]), rejected=turn(r["rejected"])) for r in kept], alike
+
+
+def split(kind, seed, train, held):
+    "Training and held-out pairs: of the 300 pairs whose replies are most alike (near), or of the others (plain)."
+    pairs, alike = polite_pairs()
+    order = sorted(range(len(pairs)), key=lambda i: -alike[i])
+    pool = order[:300] if kind == "near" else order[300:]
+    random.Random(seed).shuffle(pool)
+    return [pairs[i] for i in pool[:train]], [pairs[i] for i in pool[train:train + held]]
+
+
+# ------------------------------------------------------------ page 32: displacement
+
+SETTINGS = dict(learning_rate=2e-5, beta=.1, per_device_train_batch_size=2, num_train_epochs=1, lr_scheduler_type="constant", logging_steps=1)
+KINDS, TRAIN, HELD, CHES = ("near", "plain"), 24, 12, 24
+MEMORY = {}
+
+
+def displacement_configs(seeds):
+    from dpo_literate.probes.displacement import REMEDIES
+    def cells(kind, *arms): return [dict(arm=arm, data=kind, seed=seed, train=TRAIN, held=HELD, **SETTINGS) for seed in seeds for arm in arms]
+    return cells("near", "DPO", *REMEDIES) + cells("plain", "DPO") + [dict(arm="CHES", data="both", seed=seed, pairs=CHES, beta=.1) for seed in seeds]
+
+
+def start(kind, seed):
+    "The model before, its tokenizer, the held-out rows and what the model says of them; kept between the arms of a seed."
+    from dpo_literate.probes.displacement import fork_mass, pair_logps
+    if MEMORY.get("key") != (kind, seed):
+        MEMORY.clear()
+        train, held = split(kind, seed, TRAIN, HELD)
+        tokenizer, model = load_tokenizer("bundled"), load_model("bundled")
+        rows, _ = encode_pairs(held, tokenizer)
+        MEMORY.update(key=(kind, seed), train=train, rows=rows, tokenizer=tokenizer, logps=pair_logps(model, rows), mass=fork_mass(model, rows))
+    return MEMORY
+
+
+def displacement_cell(config):
+    from transformers import PrinterCallback
+
+    from dpo_literate.probes.displacement import DisplacementMonitor, fork_mass, log_lines, pair_logps, remedy, shift_of
+    from dpo_literate.trainer import DPOConfig, DPOTrainer
+    if config["arm"] == "CHES": return ches_cell(config)
+    before = start(config["data"], config["seed"])
+    settings = SETTINGS if config["arm"] == "DPO" else remedy(config["arm"], SETTINGS)
+    args = DPOConfig(str(CELLS / "trainer" / f"{config['data']}_{config['seed']}"), seed=config["seed"], save_strategy="no", report_to=[], disable_tqdm=True, **settings)
+    monitor = DisplacementMonitor()
+    trainer = DPOTrainer("bundled", args=args, train_dataset=before["train"], processing_class=before["tokenizer"], callbacks=[monitor])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.model.eval()
+    shift = pair_logps(trainer.model, before["rows"]) - before["logps"]
+    mass = (fork_mass(trainer.model, before["rows"]) - before["mass"]).mean(0).tolist()
+    lines = log_lines(trainer.state.log_history)
+    return dict(chosen=shift[:, 0].mean().item(), rejected=shift[:, 1].mean().item(), fell=(shift[:, 0] < 0).double().mean().item(),
+                accuracy=(shift[:, 0] > shift[:, 1]).double().mean().item(), fork_chosen=mass[0], fork_rejected=mass[1], fork_others=mass[2],
+                warned=len(monitor.said), path=[[round(shift_of(x, side, args, lines[0]), 4) for side in ("chosen", "rejected")] for x in lines])
+
+
+def ches_cell(config):
+    "CHES of pairs of both kinds against the first-order movement of their chosen replies."
+    from dpo_literate.probes.displacement import ches_scores, one_step_shift, rank_correlation
+    model, tokenizer = load_model("bundled"), load_tokenizer("bundled")
+    kinds = [split(kind, config["seed"], config["pairs"] // 2, 0)[0] for kind in KINDS]
+    rows, _ = encode_pairs([p for pairs in kinds for p in pairs], tokenizer)
+    speed = torch.tensor([one_step_shift(model, r, config["beta"]) for r in rows], dtype=torch.float64)
+    half, score = len(rows) // 2, ches_scores(model, rows)
+    plain = ches_scores(model, rows, normalised=False)
+    def rho(x, s=slice(None)): return rank_correlation(x[s], -speed[s]).value
+    return dict(rho=rho(score), rho_near=rho(score, slice(0, half)), rho_plain=rho(score, slice(half, None)), rho_unnormalised=rho(plain),
+                falls=(speed < 0).double().mean().item(), speed=[round(v, 4) for v in speed.tolist()], score=[round(v, 2) for v in score.tolist()])
+
+
+def record_displacement(configs):
+    cells = gathered("displacement", configs)
+    seeds = sorted({c["config"]["seed"] for c in cells})
+    def of(arm, kind, name): return [c["values"][name] for c in cells if c["config"]["arm"] == arm and c["config"]["data"] == kind]
+    command = "python benchmarks/probes.py displacement --record"
+    arms = {kind: list(dict.fromkeys(c["config"]["arm"] for c in cells if c["config"]["data"] == kind)) for kind in KINDS}
+    names = [k for k, v in next(c for c in cells if c["config"]["arm"] == "DPO")["values"].items() if k != "path"]
+    values = dict(arms={kind: {arm: {name: of(arm, kind, name) for name in names} for arm in arms[kind]} for kind in KINDS},
+                  paths={kind: {arm: mean_path(of(arm, kind, "path")) for arm in arms[kind]} for kind in KINDS},
+                  ches={k: of("CHES", "both", k) for k in ("rho", "rho_near", "rho_plain", "rho_unnormalised", "falls")})
+    save_result("displacement", values, command=command, config=dict(**SETTINGS, train=TRAIN, held=HELD, ches_pairs=CHES, kinds=KINDS, model="bundled", data="polite_pairs"),
+                seed=seeds, seconds=sum(c["seconds"] for c in cells), what="Where the probability of held-out polite pairs goes under DPO and its remedies, bundled model, full fine-tuning")
+    setup = f"SmolLM2-135M-Instruct, {TRAIN} polite pairs, 1 epoch, lr {SETTINGS['learning_rate']:g}, {HELD} held out"
+    def row(claim, source, paper, values, verdict, setup=setup):
+        low, high = bootstrap_interval(values)
+        return dict(claim=claim, source=source, paper_figure=paper, setup=setup, ours=sum(values) / len(values), low=low, high=high, seeds=seeds,
+                    verdict=verdict(low, high), command=command)
+    def below(low, high): return "held" if high < 0 else "did not hold" if low > 0 else "too small to tell"
+    def above(low, high): return "held" if low > 0 else "did not hold" if high < 0 else "too small to tell"
+    near, plain = (of("DPO", kind, "chosen") for kind in KINDS)
+    def against(arm, kind="near"): return [a - b for a, b in zip(of(arm, kind, "chosen"), of("DPO", kind, "chosen"))]
+    save_claims("displacement", [
+        row("DPO makes chosen replies less likely (nat), replies nearly alike", "arXiv:2410.08847 Table 16", "−59.2 / −48.1", near, below),
+        row("DPO makes chosen replies less likely (nat), ordinary pairs", "arXiv:2410.08847 Table 16", "−59.2 / −48.1", plain, below),
+        row("pairs nearly alike displace more: chosen, near minus ordinary (nat)", "arXiv:2410.08847 §5", None, [a - b for a, b in zip(near, plain)], below),
+        row("CHES ranks pairs by the fall of the chosen reply (Spearman's ρ)", "arXiv:2410.08847 §5", None, of("CHES", "both", "rho"), above, f"SmolLM2-135M-Instruct, {CHES} pairs of both kinds, first-order step"),
+        row("a likelihood term raises the chosen reply above DPO's (nat)", "arXiv:2410.08847 Table 16", "+79.4 / +76.7", against("a likelihood term"), above),
+        row("DPOP raises the chosen reply above DPO's (nat)", "arXiv:2402.13228", None, against("DPOP"), above),
+        row("IPO displaces as DPO does: chosen (nat)", "arXiv:2410.08847 Table 3", "alike", of("IPO", "near", "chosen"), below)])
+
+
+def mean_path(paths): return [[round(sum(p[i][side] for p in paths) / len(paths), 3) for side in (0, 1)] for i in range(min(map(len, paths)))]
+
+
+# ------------------------------------------------------------ page 30: style
+
+BLOCK, CONTENTS, GRAM, STYLED = 15, 8, 16, ("upper", "polite", "markdown", "bullets", "json")
+PENALTY = dict(weight=.7, cap=.3, warmup=1, probes=1)
+ARMS = ("DPO", "matched", "isotropic", "wrong", "signal")
+
+
+def tdi_configs(seeds):
+    return [dict(arm=arm, seed=seed, train=TRAIN, held=HELD, block=BLOCK, contents=CONTENTS, gram=GRAM, styles=STYLED, **PENALTY, **SETTINGS)
+            for seed in seeds for arm in ARMS]
+
+
+def styled(tokenizer, pairs):
+    "Token ids of each answer, plain and in five styles, and the content of each."
+    from dpo_literate.probes.tdi import styled_ids
+    ids, labels, styles = styled_ids(tokenizer, pairs)
+    keep = [i for i, s in enumerate(styles) if s in ("plain", *STYLED)]
+    return [ids[i] for i in keep], [labels[i] for i in keep], [styles[i] for i in keep]
+
+
+def style_start(seed):
+    "What the arms of a seed share: data, the model before as others see it, the directions of style and of content at the block."
+    from dpo_literate.probes.displacement import pair_logps
+    from dpo_literate.probes.tdi import embed, style_factor
+    if MEMORY.get("key") != ("style", seed):
+        MEMORY.clear()
+        train, held = split("plain", seed, TRAIN, HELD)
+        tokenizer, model = load_tokenizer("bundled"), load_model("bundled")
+        rows, _ = encode_pairs(held, tokenizer)
+        ids, labels, styles = styled(tokenizer, train[:GRAM])
+        at = embed(model, ids, BLOCK)
+        plain = {l: i for i, (l, s) in enumerate(zip(labels, styles)) if s == "plain"}
+        delta = torch.stack([at[i] - at[plain[l]] for i, (l, s) in enumerate(zip(labels, styles)) if s != "plain"])
+        seen = styled(tokenizer, held[:CONTENTS])
+        MEMORY.update(key=("style", seed), train=train, rows=rows, tokenizer=tokenizer, style=style_factor(delta), contents=at[list(plain.values())],
+                      seen=seen, before=embed(model, seen[0]), logps=pair_logps(model, rows))
+    return MEMORY
+
+
+def tdi_cell(config):
+    from transformers import PrinterCallback
+
+    from dpo_literate.probes.displacement import pair_logps
+    from dpo_literate.probes.tdi import MatchedDPOTrainer, arm_factor, embed, layout_tdi, tdi_change
+    from dpo_literate.trainer import DPOConfig, DPOTrainer
+    s, seed = style_start(config["seed"]), config["seed"]
+    args = DPOConfig(str(CELLS / "trainer" / f"style_{seed}"), seed=seed, save_strategy="no", report_to=[], disable_tqdm=True, **SETTINGS)
+    more = dict(train_dataset=s["train"], processing_class=s["tokenizer"], args=args)
+    if config["arm"] == "DPO": trainer = DPOTrainer("bundled", **more)
+    else: trainer = MatchedDPOTrainer("bundled", factor=arm_factor(config["arm"], s["style"], s["contents"], seed).float(), block=BLOCK, **PENALTY, **more)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.model.eval()
+    after, (_, labels, _) = embed(trainer.model, s["seen"][0]), s["seen"]
+    shift = pair_logps(trainer.model, s["rows"]) - s["logps"]
+    return dict(before=layout_tdi(s["before"], labels).value, after=layout_tdi(after, labels).value, change=tdi_change(s["before"], after, labels).value,
+                accuracy=(shift[:, 0] > shift[:, 1]).double().mean().item(), margin=(shift[:, 0] - shift[:, 1]).mean().item())
+
+
+def record_tdi(configs):
+    cells = gathered("tdi", configs)
+    seeds, command = sorted({c["config"]["seed"] for c in cells}), "python benchmarks/probes.py tdi --record"
+    def of(arm, name): return [next(c["values"][name] for c in cells if c["config"]["arm"] == arm and c["config"]["seed"] == seed) for seed in seeds]
+    names = list(cells[0]["values"])
+    save_result("tdi", dict(arms={arm: {name: of(arm, name) for name in names} for arm in ARMS}), command=command,
+                config={k: v for k, v in cells[0]["config"].items() if k not in ("arm", "seed")} | dict(model="bundled", data="polite_pairs"), seed=seeds,
+                seconds=sum(c["seconds"] for c in cells), what="Style TDI (layout form, classes are contents) of held-out answers after DPO with and without penalties of equal trace, bundled model")
+    setup = f"SmolLM2-135M-Instruct, {TRAIN} polite pairs, 1 epoch, lr {SETTINGS['learning_rate']:g}; {CONTENTS} held-out answers in {len(STYLED) + 1} styles"
+    def row(claim, paper, values, verdict):
+        low, high = bootstrap_interval(values)
+        return dict(claim=claim, source="arXiv:2605.22800", paper_figure=paper, setup=setup, ours=sum(values) / len(values), low=low, high=high, seeds=seeds,
+                    verdict=verdict(low, high), command=command)
+    def above(x): return lambda low, high: "held" if low > x else "did not hold" if high < x else "too small to tell"
+    def below(x): return lambda low, high: "held" if high < x else "did not hold" if low > x else "too small to tell"
+    def gap(a, b, name="change"): return [x - y for x, y in zip(of(a, name), of(b, name))]
+    save_claims("tdi", [
+        row("DPO raises Style TDI (after over before)", "≈ 1.3", of("DPO", "change"), above(1.)),
+        row("the matched penalty keeps it lower than DPO does (difference)", "preserved", gap("matched", "DPO"), below(0.)),
+        row("matched is lower than isotropic (difference)", "matched < isotropic", gap("matched", "isotropic"), below(0.)),
+        row("isotropic is lower than the wrong subspace (difference)", "isotropic < wrong-W", gap("isotropic", "wrong"), below(0.)),
+        row("penalising content costs margin: signal minus matched (nat)", "hurts the task", gap("signal", "matched", "margin"), below(0.))])
+
+
+PAGES = {"displacement": (displacement_configs, displacement_cell, record_displacement, (0, 1, 2)), "tdi": (tdi_configs, tdi_cell, record_tdi, (0, 1, 2, 3, 4))}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", choices=PAGES)
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no new cell after this long")
+    parser.add_argument("--record", action="store_true", help="write the results and the claims table from the finished cells")
+    args = parser.parse_args(argv)
+    configs, run, record, seeds = PAGES[args.page]
+    try:
+        todo = configs(args.seeds or list(seeds))
+        if args.record: record(todo); return 0
+        left = work(args.page, todo, run, args.minutes)
+        print(f"{left} cells left" if left else "all cells are there; add --record", flush=True)
+        return 0
+    except Refusal as no:
+        print(f"{no}", file=sys.stderr)
+        return no.code
+
+
+if __name__ == "__main__": sys.exit(main())
