@@ -117,6 +117,7 @@ def draw(
     "Formula (11.1): the first token whose cumulative probability exceeds u."
     stat = logits.double() if logits.dtype == torch.float64 else logits.float()
     cumulative = (stat / temperature).softmax(-1).cumsum(-1)     # (B,V)
+    if not cumulative[:, -1].isfinite().all(): raise Refusal("the model's probabilities are not finite: nothing can be drawn from it", 3)
     u = u.to(cumulative) * cumulative[:, -1]                     # rounding: the last need not be 1
     return torch.searchsorted(cumulative, u[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
@@ -364,7 +365,7 @@ def train_adapter(
     args = DPOConfig(str(folder), beta=config.beta, num_train_epochs=config.epochs, learning_rate=config.learning_rate, seed=config.seed,
                      per_device_train_batch_size=config.batch, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 10), logging_steps=1,
                      save_strategy="steps", save_steps=max(1, math.ceil(steps / config.points)), bf16=bf16, report_to=[], disable_tqdm=True,
-                     use_cpu=not torch.cuda.is_available(), max_length=None)
+                     use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(), max_length=None)
     lora = LoraConfig(r=config.lora_r, lora_alpha=2 * config.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = DPOTrainer(model, args=args, train_dataset=rows, eval_dataset=held, processing_class=tokenizer, peft_config=lora, callbacks=[watch])
     trainer.remove_callback(PrinterCallback)

@@ -181,11 +181,12 @@ def train(
 # %% ../nbs/11a_cli.ipynb #8f6dad49
 def make_trainer(own:dict, settings:dict, tokenizer, rows:list, held:list):
     "The trainer of a run."
+    import torch
     from transformers import PrinterCallback, set_seed
     from dpo_literate.align import Bar
     from dpo_literate.models import load_model
     from dpo_literate.trainer import DPOConfig, DPOTrainer
-    quiet = dict(report_to=[], logging_steps=1, disable_tqdm=True)
+    quiet = dict(report_to=[], logging_steps=1, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available())
     config = DPOConfig(**{**quiet, **settings, "output_dir": own["out"]})
     lora = None
     if own["lora_r"]:

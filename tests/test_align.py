@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -214,7 +215,8 @@ def test_nothing_a_model_wrote_becomes_html(evil):
 
 def test_nothing_a_model_wrote_becomes_markdown(evil):
     text = R.report_md(*evil, {})
-    for raw in ("<script", "<img", "](java", "$$", "https://", "www.e", "a@b"): assert raw not in text
+    shown = re.sub(r"\\.", "", text)   # without what a backslash makes harmless
+    for raw in ("<", "](", "$", "https://", "www.e", "@", "`y`"): assert raw not in shown, raw
     rows = [line for line in text.splitlines() if line.startswith("|") and "script" in line or "example" in line]
     assert rows and all(len(line.replace(r"\|", "").split("|")) == 5 for line in rows)
 
@@ -224,6 +226,7 @@ def test_nothing_a_model_wrote_becomes_markdown(evil):
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gemma2"])
 def test_a_reply_does_not_depend_on_its_neighbours(kind):
     model, tokenizer = tiny_model(kind), tiny_tokenizer()
+    if kind == "gemma2": model = model.float()   # its eager attention makes NaN of a float64 mask
     prompts = [A.ask(p, tokenizer) for p in ("a", "tell me what the cat sat on", "yes and no", "b c d")]
     u = torch.stack([A.uniforms(3, str(k), 0, 24) for k in range(4)])
     stop = control_ids(tokenizer) | set(range(20, 60))
@@ -240,6 +243,11 @@ def test_sampling_follows_the_models_own_distribution():
     p = (model(torch.tensor([prompt])).logits[0, -1] / .5).softmax(-1)
     seen = drawn.bincount(minlength=len(p)) / n
     assert (seen - p).abs().max() < 4 * math.sqrt(.25 / n)
+
+
+def test_nothing_is_drawn_from_a_broken_model():
+    with pytest.raises(Refusal, match="not finite") as e: A.draw(torch.tensor([[0., math.nan]]), torch.tensor([.5]))
+    assert e.value.code == 3
 
 
 def test_extremes_of_u_and_of_the_logits():
