@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'TRAIN_TOPICS', 'HELD_OUT_TOPICS', 'shipped_prompts', 'read_prompts', 'split_prompts', 'uniforms', 'draw',
-           'left_pad', 'sample_batch', 'ask', 'sample', 'vader', 'load_reward', 'score', 'best_against_worst',
-           'kl_per_reply', 'distinct', 'compare', 'AlignConfig', 'check_settings', 'Bar', 'Watch', 'checkpoints',
-           'train_adapter', 'Run', 'begin', 'fast_dtype', 'pairs_of_file', 'replies_of', 'policy_at', 'distance',
-           'trained', 'align', 'make_rows', 'hold_out', 'measure_state', 'figures_of', 'headline', 'picture',
-           'write_report', 'card_of']
+           'left_pad', 'sample_batch', 'ask', 'sample', 'vader', 'version_of_vader', 'load_reward', 'score',
+           'best_against_worst', 'kl_per_reply', 'distinct', 'compare', 'AlignConfig', 'check_settings', 'Bar', 'Watch',
+           'checkpoints', 'train_adapter', 'Run', 'begin', 'fast_dtype', 'pairs_of_file', 'replies_of', 'policy_at',
+           'distance', 'trained', 'align', 'make_rows', 'hold_out', 'measure_state', 'figures_of', 'mean_reward',
+           'headline', 'picture', 'write_report', 'card_of']
 
 # %% ../nbs/11_align.ipynb #881eb532
-import contextlib, hashlib, importlib, inspect, io, json, math, os, shutil, statistics, sys, time
+import contextlib, hashlib, importlib.metadata, inspect, io, json, math, os, shutil, statistics, sys, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
@@ -31,7 +31,6 @@ FORMS = ("Write one sentence about {}.", "In one sentence, how was {}?", "Finish
          "What would you tell a friend about {}, in one sentence?", "Give me your honest opinion of {} in one sentence.",
          "Describe {} in one sentence.")
 
-# %% ../nbs/11_align.ipynb #b72abd28
 TRAIN_TOPICS = """
 food: the soup of the day; the new bakery on the corner; a reheated pizza; the school canteen; my first attempt at sushi; the coffee at the station; a salad without dressing; the street stall by the bridge; the tasting menu; grandmother's stew; a sandwich from the vending machine; the brunch place downtown; the pancakes we burned; a bowl of plain rice; the spicy noodles; the waiter who forgot our order; an overripe banana; the cheese from the market; the birthday cake; a cold cup of tea
 travel: the night bus to the coast; a delayed flight; the hotel room above the bar; our hike in the fog; the ferry crossing; a weekend in the mountains; the lost suitcase; the guided tour of the old town; a tent in the rain; the airport lounge; the road trip through the desert; the hostel kitchen; a window seat; the border queue; the campsite by the lake; a rental car with a dent; the city map in my pocket; the last train home; the beach in November; a day without a plan
@@ -47,7 +46,6 @@ shopping: the queue at the checkout; a coat from the flea market; the online ord
 family: the family dinner; my brother's wedding; a letter from an aunt; the holiday photos; a visit to my parents; the twins' birthday; an argument about dishes; the grandfather clock; a cousin I had not met; the baby's first word; a long phone call; the inheritance; my uncle's jokes; the reunion by the lake; a borrowed sweater; the family car; the noisy nephews; a quiet Sunday; the recipe book; an old quarrel
 """
 
-# %% ../nbs/11_align.ipynb #f5740582
 HELD_OUT_TOPICS = """
 film: the film last night; a sequel nobody asked for; the cinema seats; the documentary about rivers; the ending of the series; an actor who forgot the line; the three-hour drama; the cartoon from my childhood; the horror movie; a film without dialogue; the popcorn; the courtroom thriller; the trailer; a comedy on the plane; the director's cut; the film festival; the black-and-white classic; the musical; the special effects; the row in front of us
 music: the concert in the park; my neighbour's piano; the new album; a song stuck in my head; the choir rehearsal; the opening band; a violin lesson; the festival in the mud; the radio at work; the street musician; an out-of-tune guitar; the opera; the record player; the ringtone; the drum solo; a lullaby; the school orchestra; the karaoke evening; the jazz club; the sound check
@@ -187,11 +185,15 @@ def vader(
     return [analyzer.polarity_scores(reply)["compound"] for reply in replies]
 
 # %% ../nbs/11_align.ipynb #5120daea
+def version_of_vader()->str:
+    vader([], [])     # refuses here rather than after the sampling
+    return importlib.metadata.version("vaderSentiment")
+
 def load_reward(
     name:str,          # "vader", or module:function
 )->tuple:              # the function, and a fingerprint of its source
     "Find a reward function."
-    if name == "vader": return vader, "vader 3.3.2"
+    if name == "vader": return vader, f"vaderSentiment {version_of_vader()}"
     module, _, function = name.partition(":")
     if not module or not function: raise Refusal(f"reward {name!r}: expected vader or module:function")
     if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
@@ -497,9 +499,11 @@ def align(
         run.stages = Stages(out / "work")
         ref = policy_at(run)
         before = replies_of(run, ref, run.model_hash, "before", run.held, config.per_prompt)
+        say(f"{len(run.held)} held-out prompts: mean reward {mean_reward(before):.3f}")
         rows, held = make_rows(run, ref, before)
         say(f"{len(rows)} pairs to train on, {len(held)} held out")
         done, folder = trained(run, rows, held)
+        say(f"{len(done['log'])} steps: loss {done['log'][0]['loss']:.3f} to {done['log'][-1]['loss']:.3f}")
         states = [measure_state(run, ref, folder, name, name == done["checkpoints"][-1]) for name in done["checkpoints"]]
         figures = figures_of(run, before, states, done, rows, held)
         write_report(run, out, figures, before, states, done, folder)
@@ -562,6 +566,8 @@ def figures_of(run:Run, before:list, states:list, done:dict, rows:list, held:lis
                 kl_nats_per_reply=statistics.mean(after["kl"]["exact"]), accuracy_heldout=done["accuracy"], pairs=len(rows), pairs_heldout=len(held),
                 prompts_heldout=len(run.held), seconds={k: round(v, 1) for k, v in stages.seconds.items()},
                 peak_memory_gb=round(stages.memory, 2), seed=run.config.seed)
+
+def mean_reward(replies:list)->float: return statistics.mean(r["reward"] for rs in replies for r in rs)
 
 def headline(f:dict)->str:
     "The figures in three lines."

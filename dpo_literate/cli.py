@@ -119,7 +119,7 @@ def read_settings(
     return vars(reader.parse_args(fixed))
 
 # %% ../nbs/11a_cli.ipynb #96b76025
-OWN = ("model", "data", "eval_data", "first", "holdout", "format", "out", "config", "resume", "lora_r", "lora_alpha", "lora_targets")
+OWN = ("model", "data", "eval_data", "first", "holdout", "format", "identical", "out", "config", "resume", "lora_r", "lora_alpha", "lora_targets")
 
 def train_options(
     args:argparse.Namespace, # as parsed: `config`, and what was given
@@ -128,13 +128,14 @@ def train_options(
     "The recipe, and what the command line says over it."
     from dpo_literate.results import Refusal
     recipe = read_recipe(args.config) if args.config else {}
-    own = dict(first=0, holdout=0, format="auto", lora_r=0, lora_alpha=None, lora_targets="all-linear", resume=False, eval_data=None)
+    own = dict(first=0, holdout=0, format="auto", identical="refuse", lora_r=0, lora_alpha=None, lora_targets="all-linear", resume=False, eval_data=None)
     own |= {k: recipe.pop(k) for k in list(recipe) if k in OWN}
     own |= {k: v for k, v in vars(args).items() if k in OWN and v is not None}
     for name in ("model", "data", "out"):
         if not own.get(name): raise Refusal(f"--{name} is missing")
     for name in ("first", "holdout", "lora_r"):
         if not isinstance(own[name], int) or own[name] < 0: raise Refusal(f"{name}={own[name]!r}: expected a whole number, 0 or more")
+    if own["identical"] not in ("refuse", "drop"): raise Refusal(f"identical={own['identical']!r}: use refuse or drop")
     if own["format"] not in ("auto", "text", "chat"): raise Refusal(f"format={own['format']!r}: use auto, text or chat")
     return own, read_settings(as_arguments(recipe) + rest, OWN)
 
@@ -148,11 +149,12 @@ def rows_of(
     from dpo_literate.rows import encode_pairs
     pairs = load_preferences(source)
     audit = check_preferences(pairs, tokenizer)
-    audit.refuse()
+    audit.refuse(("identical",) if own["identical"] == "drop" else ())
     for place in audit.found["control text"]: complain(f"{place}: spells a control token, which stays text")
     chat = own["format"] == "chat" or own["format"] == "auto" and tokenizer.chat_template
     return encode_pairs([as_chat(p) for p in pairs] if chat else pairs, tokenizer, max_length=settings.get("max_length", 1024),
-                        truncation=settings.get("truncation_mode", "refuse"), score_tail=settings.get("score_tail", False), ld_alpha=settings.get("ld_alpha"))
+                        truncation=settings.get("truncation_mode", "refuse"), score_tail=settings.get("score_tail", False), ld_alpha=settings.get("ld_alpha"),
+                        identical=own["identical"])
 
 # %% ../nbs/11a_cli.ipynb #fe4e3e6d
 def train(
@@ -273,6 +275,7 @@ def add_train(p:argparse.ArgumentParser)->None:
     p.add_argument("--first", type=int, help="use only so many pairs of --data (all)")
     p.add_argument("--holdout", type=int, help="pairs to hold out of --data and measure on")
     p.add_argument("--format", help="auto: text pairs become a chat where the model has a template; text; chat")
+    p.add_argument("--identical", help="pairs of two equal replies: refuse, or drop and count (refuse)")
     p.add_argument("--lora-r", type=int, help="rank of a LoRA adapter; 0 trains every weight (0)")
     p.add_argument("--lora-alpha", type=int, help="scale of the adapter (2 r)")
     p.add_argument("--lora-targets", help="layers with an adapter: all-linear, or names between commas")
