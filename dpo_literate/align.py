@@ -304,8 +304,8 @@ class AlignConfig:
     out:str="runs/demo"       # folder of the report
     beta:float=.1             # strength of the tie to the reference, > 0
     epochs:float=1.           # passes over the pairs
-    learning_rate:float=2e-4  # peak, of the adapter
-    batch:int=4               # pairs of an optimizer step
+    learning_rate:float=4e-4  # peak, of the adapter
+    batch:int=8               # pairs of an optimizer step
     lora_r:int=16             # rank of the adapter
     per_prompt:int=4          # replies sampled to a prompt, at least 2
     limit:int=40              # most tokens of a reply

@@ -188,7 +188,7 @@ def make_trainer(own:dict, settings:dict, tokenizer, rows:list, held:list):
     from dpo_literate.align import Bar
     from dpo_literate.models import load_model
     from dpo_literate.trainer import DPOConfig, DPOTrainer
-    quiet = dict(report_to=[], logging_steps=1, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available())
+    quiet = dict(report_to=[], logging_steps=1, disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available())
     config = DPOConfig(**{**quiet, **settings, "output_dir": own["out"]})
     lora = None
     if own["lora_r"]:

@@ -121,7 +121,7 @@ def test_a_missing_model_folder(command, tmp_path, monkeypatch):
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_adapter_is_saved(model, tmp_path):
-    (tmp_path / "r.yaml").write_text("learning_rate: 1e-3\nbeta: 0.3\nmax_steps: 9\nlora-r: 4\nper_device_train_batch_size: 3\n")
+    (tmp_path / "r.yaml").write_text("learning_rate: 1e-3\nbeta: 0.3\nmax_steps: 9\nlora-r: 4\nbf16: true\nper_device_train_batch_size: 3\n")
     out = tmp_path / "out"
     done = here("train", "--model", model, "--data", pairs(tmp_path / "p.jsonl"), "--out", out, "--config", tmp_path / "r.yaml", "--max-steps", 4, "--holdout", 3)
     assert done.returncode == 0 and done.stdout.count("\n") == 1 and "4 steps on 9 pairs" in done.stdout, done.stderr
