@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from .models import load_model, load_tokenizer, weights_hash
-from .preferences import as_chat, load_preferences, parse_json, read_lines
+from .preferences import as_chat, check_preferences, load_preferences, parse_json, read_lines
 from .results import Refusal, bootstrap_interval, device_name, to_json, versions, write_atomic
 from .rows import Row, control_ids, encode_pairs, encode_prompt
 from .runs import (Stages, claim, digest, frontier, only_one, plot_frontier, plot_rewards, plot_training,
@@ -415,6 +415,7 @@ def fast_dtype(model)->str: # bfloat16 where the machine has it and the model is
 
 def pairs_of_file(run, pairs):
     "Rows of a file of pairs; text becomes a chat where the model has a template."
+    check_preferences(pairs, run.tokenizer).refuse(("identical",))
     chat = [as_chat(p) for p in pairs] if run.tokenizer.chat_template else list(pairs)
     rows, counts = encode_pairs(chat, run.tokenizer, max_length=None, identical="drop")
     if not rows: raise Refusal(f"{run.config.pairs}: no pair to train on ({counts})")

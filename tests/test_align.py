@@ -148,7 +148,7 @@ REFUSED = {
     "raises": (2, "no such word", ["--reward", "rewards:fails"]), "ties": (2, "tied", ["--reward", "rewards:same"]), "no function": (2, "not a function", ["--reward", "rewards:number"]),
     "no module": (2, "nowhere", ["--reward", "nowhere:f"]), "no colon": (2, "module:function", ["--reward", "vowels"]), "no model": (2, "missing", ["--model", "./missing"]),
     "no prompts": (2, "empty.txt", ["--prompts", "empty.txt"]), "no such prompts": (2, "none.txt", ["--prompts", "none.txt"]), "few prompts": (2, "at least 8", ["--prompts", "few.txt"]),
-    "bad line": (2, "bad.jsonl:2", ["--prompts", "bad.jsonl"]), "pairs column": (2, "pairs.jsonl:1", ["--pairs", "pairs.jsonl"]), "beta": (2, "beta", ["--beta", "0"]), "beta nan": (2, "beta", ["--beta", "nan"]),
+    "bad line": (2, "bad.jsonl:2", ["--prompts", "bad.jsonl"]), "pairs column": (2, "pairs.jsonl:1", ["--pairs", "pairs.jsonl"]), "empty reply": (2, "blank.jsonl:1", ["--pairs", "blank.jsonl"]), "beta": (2, "beta", ["--beta", "0"]), "beta nan": (2, "beta", ["--beta", "nan"]),
 }
 BEGUN = ("NaN", "text", "too few", "raises", "ties")   # seen only once replies are there
 
@@ -160,6 +160,7 @@ def test_refused_in_one_sentence(desk, tmp_path, name):
     (desk / "few.txt").write_text("a\nb\nc\n")
     (desk / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
     (desk / "pairs.jsonl").write_text('{"question": "a", "good": "b", "bad": "c"}\n')
+    (desk / "blank.jsonl").write_text('{"prompt": "a", "chosen": " ", "rejected": "c"}\n')
     done = demo(desk, tmp_path / "out", *more)
     last = done.stderr.strip().splitlines()
     assert done.returncode == code and len(last) == 1 and word in last[0], done.stderr

@@ -99,7 +99,7 @@ def test_train_refuses_the_same_files_and_writes_nothing(name, model, tmp_path):
 
 @pytest.mark.parametrize("more, said", [
     (["--lerning-rate", "1"], "did you mean learning_rate?"), (["--beta", "x"], "beta"), (["--beta", "0"], "beta"), (["--loss-type", "sigmoyd"], "sigmoyd"),
-    (["--lora-rr", "3"], "did you mean lora_r?"), (["--config", "none.yaml"], "none.yaml"), (["--config", "list.yaml"], "expected names and values"), (["--config", "tag.yaml"], "tag.yaml: not YAML"),
+    (["--lora-rr", "3"], "did you mean lora_r?"), (["--output-dir", "../x"], "give --out"), (["--do-train", "true"], "do_train"), (["--config", "none.yaml"], "none.yaml"), (["--config", "list.yaml"], "expected names and values"), (["--config", "tag.yaml"], "tag.yaml: not YAML"),
     (["--config", "typo.yaml"], "did you mean beta?"), (["--format", "html"], "format"), (["--holdout", "12"], "too few"), (["--max-length", "3"], "max_length"), (["--eval-data", "none.jsonl"], "none.jsonl")])
 def test_train_refuses_settings_in_one_sentence(more, said, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -129,6 +129,12 @@ def test_the_command_line_wins_over_the_recipe_and_the_adapter_is_saved(model, t
     assert card["settings"]["beta"] == .3 and card["settings"]["learning_rate"] == 1e-3 and card["pairs"]["kept"] == 12
     assert result["first_loss"] == pytest.approx(.6931, abs=1e-3) and result["last_loss"] < result["first_loss"] and result["held_out"] == 3
     assert (out / "adapter_model.safetensors").exists() and (out / "tokenizer.json").exists()
+
+
+def test_an_unwritable_folder_is_a_matter_of_the_disk(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = here("train", "--model", model, "--data", pairs(tmp_path / "p.jsonl"), "--out", tmp_path / "file" / "out")
+    assert done.returncode == 4 and done.stderr.count("\n") == 1
 
 
 def test_a_trained_model_is_another_and_the_folder_is_not_overwritten(model, tmp_path):
