@@ -9,10 +9,10 @@ __all__ = ['INSTEAD', 'READS', 'GIVEN', 'TRL_DEFAULTS', 'DIFFERS', 'UNREAD', 'FI
            'constant_at_init', 'fate', 'TRLTable', 'read_pairs', 'prepare_rows', 'check_columns', 'loss_inputs',
            'pair_metrics', 'as_batch', 'EpochOrder', 'RowTrainer', 'LayoutTrainer', 'reference_mode',
            'ReferenceTrainer', 'tokenizer_hash', 'CacheTrainer', 'TableTrainer', 'LossTrainer', 'pulls',
-           'GatherTrainer', 'WholeTrainer', 'StepTrainer', 'PieceTrainer', 'check_first_loss', 'GuardTrainer',
-           'StepGuard', 'LogTrainer', 'EvalTrainer', 'CoverTrainer', 'sample_replies', 'SampleTrainer', 'data_hash',
-           'CardTrainer', 'StateTrainer', 'BesideTrainer', 'ModelCardTrainer', 'make_policy', 'check_policy',
-           'check_ids', 'check_arguments', 'PreparedTrainer', 'DPOTrainer', 'plot_log']
+           'GatherTrainer', 'WholeTrainer', 'StepTrainer', 'PieceTrainer', 'check_first_loss', 'check_finite',
+           'StepGuard', 'ReferenceGuard', 'LogTrainer', 'EvalTrainer', 'CoverTrainer', 'sample_replies',
+           'SampleTrainer', 'data_hash', 'CardTrainer', 'StateTrainer', 'BesideTrainer', 'ModelCardTrainer',
+           'make_policy', 'check_policy', 'check_ids', 'check_arguments', 'PreparedTrainer', 'DPOTrainer', 'plot_log']
 
 # %% ../nbs/10_trainer.ipynb #8a68cb54
 import contextlib, copy, dataclasses, hashlib, itertools, json, math, time
@@ -624,38 +624,43 @@ def check_first_loss(
         raise Refusal(f"the first batch costs {loss:.4f} where policy = reference must cost {expected:.4f}: the reference is not "
                       "the policy's starting point; leave ref_model out, or set other_reference=True if another model is meant")
 
-# %% ../nbs/10_trainer.ipynb #a739e927
-class GuardTrainer(PieceTrainer):
-    "Stops before a step that would break the weights."
-    def check_step(self, model)->None:
-        "Are all losses and gradients of this step finite?"
-        losses, self.step_losses = self.step_losses, []
-        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        grads = {n: g.to_local() if hasattr(g, "to_local") else g for n, g in grads.items()}
-        if self.is_deepspeed_enabled: return   # the engine has taken its step already
-        if not grads: raise Refusal("no trainable tensor received a gradient: nothing would be learned")
-        looked = [] if self.args.fp16 else list(grads.values())   # the scaler answers for float16
-        fine = torch.stack([x.isfinite().all() for x in looked + [l for _, l in losses]])
-        if not self.add_up([(~fine).sum()])[0]: return
-        rows = [r.id for rs, l in losses for r, ok in zip(rs, l.isfinite().tolist()) if not ok]
-        broken = [n for n, g in grads.items() if not g.isfinite().all()] or ["another process"]
-        where = f"the loss of row {', '.join(rows)}" if rows else f"the gradient of {broken[0]}"
-        raise Refusal(f"step {self.state.global_step + 1}: {where} is not finite; the step was not taken", 3)
+# %% ../nbs/10_trainer.ipynb #69782b02
+def check_finite(trainer, model, losses:list=())->None:
+    "Refuse a step whose losses, as (rows, values), or gradients are not finite."
+    args, add_up = trainer.args, getattr(trainer, "add_up", lambda xs: [float(x) for x in xs])
+    if trainer.is_deepspeed_enabled: return   # the engine has taken its step already
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    grads = {n: g.to_local() if hasattr(g, "to_local") else g for n, g in grads.items()}
+    if not grads: raise Refusal("no trainable tensor received a gradient: nothing would be learned")
+    looked = [] if args.fp16 else list(grads.values())   # the scaler answers for float16
+    looked += [l for _, l in losses]
+    if not looked or not add_up([(~torch.stack([x.isfinite().all() for x in looked])).sum()])[0]: return
+    rows = [r.id for rs, l in losses for r, ok in zip(rs, l.isfinite().tolist()) if not ok]
+    broken = [n for n, g in grads.items() if not g.isfinite().all()] or ["another process"]
+    where = f"the loss of row {', '.join(rows)}" if rows else f"the gradient of {broken[0]}"
+    raise Refusal(f"step {trainer.state.global_step + 1}: {where} is not finite; the step was not taken", 3)
 
 # %% ../nbs/10_trainer.ipynb #39e83494
 class StepGuard(TrainerCallback):
-    "What happens between steps: epoch, guard, a reference that follows."
+    "Tells the order its epoch; stops before a step that would break the weights."
+    def __init__(self, trainer): self.trainer = trainer
+    def on_epoch_begin(self, args, state, control, **_): self.trainer.order.epoch = int((state.epoch or 0) + 1e-6)
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        losses, self.trainer.step_losses = getattr(self.trainer, "step_losses", []), []
+        check_finite(self.trainer, model, losses)
+
+# %% ../nbs/10_trainer.ipynb #e3d32fe5
+class ReferenceGuard(TrainerCallback):
+    "A reference before the first step, and one that follows."
     def __init__(self, trainer): self.trainer = trainer
     def on_train_begin(self, args, state, control, **_): self.trainer.prepare_reference()
-    def on_epoch_begin(self, args, state, control, **_): self.trainer.order.epoch = int((state.epoch or 0) + 1e-6)
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_): self.trainer.check_step(model)
     def on_step_end(self, args, state, control, **_):
         t = self.trainer
         if t.mode == "moving" and state.global_step % args.ref_model_sync_steps == 0:
             t.reference.follow(unwrapped(t.model), args.ref_model_mixup_alpha)
 
-# %% ../nbs/10_trainer.ipynb #e181810c
-class LogTrainer(GuardTrainer):
+# %% ../nbs/10_trainer.ipynb #efee46da
+class LogTrainer(PieceTrainer):
     "Adds what a dashboard wants, over pairs and processes."
     def clear_log(self): self.sums, self.tokens, self.slots, self.clock, self.step_losses = {}, 0, 0, None, []
 
@@ -937,7 +942,7 @@ class DPOTrainer(PreparedTrainer):
         self.model_accepts_loss_kwargs = True   # our loss is divided by N already
         if self.sharded and self.mode in ("moving", "frozen", "adapter"):
             raise Refusal("a model in shards needs a reference that is read beforehand: leave precompute_ref_log_probs and sync_ref_model unset")
-        self.add_callback(StepGuard(self))
+        self.add_callback(StepGuard(self)); self.add_callback(ReferenceGuard(self))
 
 # %% ../nbs/10_trainer.ipynb #bbead110
 def plot_log(
