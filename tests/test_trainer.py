@@ -17,7 +17,7 @@ from dpo_literate.losses import LOSSES, register_loss
 from dpo_literate.models import tiny_model, weights_hash
 from dpo_literate.results import Refusal
 from dpo_literate.rows import Row, encode_pairs, tiny_tokenizer
-from dpo_literate.trainer import GIVEN, INSTEAD, READS, TRL_DEFAULTS, DPOConfig, DPOTrainer, TRLTable, fate, settings_of
+from dpo_literate.trainer import DIFFERS, GIVEN, INSTEAD, READS, TRL_DEFAULTS, DPOConfig, DPOTrainer, TRLTable, fate, settings_of
 
 TOKENIZER = tiny_tokenizer()
 PAIRS = [dict(prompt=f"the cat {'sat ' * (i % 3)}", chosen=f"on the mat {i}", rejected=f"and the dog {'sat ' * (i % 4)}{i}") for i in range(7)]
@@ -166,6 +166,8 @@ def test_the_table_is_that_of_the_installed_trl():
     assert {k: theirs[k] for k in TRL_DEFAULTS} == TRL_DEFAULTS
     changed = {f.name for f in dataclasses.fields(trl.DPOConfig) if f.name in base and f.name in vars(trl.DPOConfig).get("__annotations__", {})}
     assert changed <= set(TRL_DEFAULTS)
+    mine = {f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory() for f in dataclasses.fields(DPOConfig)}
+    assert all(mine[k] == v or k in DIFFERS for k, v in TRL_DEFAULTS.items() if k not in INSTEAD) and set(DIFFERS) <= set(TRL_DEFAULTS) - set(INSTEAD)
     assert TRLTable()._repr_markdown_().count("\n") == len(TRL_DEFAULTS) + 1
 
 
