@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from .losses import DIVERGENCE, all_losses, arguments_of, get_loss
 from .plots import COLORS, finish, new_fig
-from .results import Refusal, bootstrap_interval, load_result
+from .results import bootstrap_interval, load_result
 from .world import World, kl, objective, optimal_policy, sample_pairs
 
 # %% ../nbs/20c_one_world.ipynb #a5f96fba
