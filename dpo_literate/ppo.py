@@ -466,7 +466,7 @@ def train(
     while run.done < run.config.steps:
         chance = run.generator.get_state()
         try: line = one_step(run)
-        except (Refusal, KeyboardInterrupt):
+        except BaseException:                        # a refusal, Ctrl-C, no memory: all leave the state
             run.generator.set_state(chance)
             if run.folder: save_state(run, run.folder / "state.safetensors")
             raise

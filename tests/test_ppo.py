@@ -350,3 +350,17 @@ def test_a_language_model_is_not_a_reward(tmp_path):
 def test_every_penalty_and_a_target_run(kind):
     lines = train(make(config=replace(CONFIG, kl_estimator=kind, kl_target=.5, lr=3e-3)))
     assert lines[0]["kl_coef"] == .01 and lines[1]["kl_coef"] < .01 and all(math.isfinite(v) for v in lines[-1].values())
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_run_keeps_its_state(tmp_path, stop):
+    seen = []
+    def later(p, r):
+        seen.append(1)
+        if len(seen) == 3: raise stop
+        return likes_e(p, r)
+    with pytest.raises(stop): train(make(later, output_dir=tmp_path))
+    whole, again = make(), make()
+    train(whole)
+    load_state(again, tmp_path / "state.safetensors"); train(again)
+    assert again.done == 3 and weights_hash(whole.policy) == weights_hash(again.policy)
