@@ -607,4 +607,4 @@ def card_of(run:Run, done:dict)->dict:
     return dict(settings=asdict(run.config), versions=versions(), device=device_name(), threads=torch.get_num_threads(), drawn_in=run.dtype,
                 model_sha256=run.model_hash, train_prompts_sha256=digest_of(run.train), held_prompts_sha256=digest_of(run.held),
                 reward=dict(name=run.config.reward, source=run.reward_key), rows=run.counts,
-                training={k: done["card"][k] for k in ("data", "layout", "reference", "rows", "settings")})
+                training=done["card"])
