@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from safetensors import safe_open
 from safetensors.torch import save
-from .logps import head_answers, head_logits, linear_logps, unwrapped
+from .logps import Head, head_answers, head_logits, linear_logps, unwrapped
 from .losses import dpo_loss
 from .models import load_model, load_tokenizer, no_dropout
 from .plots import COLORS, finish, new_fig
@@ -275,14 +275,15 @@ def exact_kl(
     "Formula (12.5), reply by reply; `ref` may be a context that lends the reference."
     heads, at = [], rollout.mask.bool()
     def answer(hidden, weight, bias, softcap, scale):
-        heads.append((hidden[:, rollout.width - 1:-1][at], weight, bias, scale, softcap))
+        head = Head(hidden.dtype, chunk, softcap, scale, (), False)
+        heads.append((hidden[:, rollout.width - 1:-1][at], weight, bias, head))
         return hidden[:, :1, :1]
     for m in (model, ref):
         with m if hasattr(m, "__enter__") else contextlib.nullcontext(m) as lent, head_answers(lent, answer):
             lent(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask, position_ids=rollout.position_ids, use_cache=False)
     (h, *a), (g, *b), out = *heads, []
     for i in range(0, len(h), chunk):
-        p, q = (head_logits(x[i:i + chunk], *rest, torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x, rest in ((h, a), (g, b)))
+        p, q = (head_logits(x[i:i + chunk], *rest).log_softmax(-1) for x, rest in ((h, a), (g, b)))
         out.append((p.exp() * (p - q)).sum(-1))
     return torch.zeros(at.shape, dtype=out[0].dtype, device=h.device).masked_scatter(at, torch.cat(out)).sum(-1)
 

@@ -279,11 +279,8 @@ def test_the_add_on_with_an_adapter(tmp_path):
 
 def test_evaluation_is_dpo(tmp_path):
     trainer = trained(tmp_path, MatchedDPOTrainer, factor=random(32, 3) * .01, block=1, warmup=0)
-    batch = trainer.pieces(ROWS)[0]
-    trainer.model.eval()
-    inside = trainer.pair_losses(trainer.model, batch)[0]
-    outside = DPOTrainer.pair_losses(trainer, trainer.model, batch)[0]
-    assert torch.equal(inside, outside)
+    plain = DPOTrainer.evaluate(trainer, list(ROWS), metric_key_prefix="plain")["plain_loss"]
+    assert trainer.evaluate(list(ROWS))["eval_loss"] == plain
 
 
 def test_clouds_by_hand():

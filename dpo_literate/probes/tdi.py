@@ -19,7 +19,7 @@ from ..plots import COLORS, finish, new_fig
 from .base import Probe, Reading, interval_of, scored_states
 from ..results import Refusal, bootstrap_interval
 from ..rows import encode_prompt, encode_reply
-from ..trainer import DPOTrainer
+from ..trainer import FILLER, DPOTrainer
 
 # %% ../../nbs/30_tdi.ipynb #d6edf8bc
 CONTRACTIONS = {"do not": "don't", "does not": "doesn't", "did not": "didn't", "is not": "isn't", "are not": "aren't", "was not": "wasn't",
@@ -330,15 +330,17 @@ class MatchedDPOTrainer(DPOTrainer):
         super().__init__(*args, **kwargs)
         self.factor, self.block, self.weight, self.cap, self.warmup, self.probes = factor, block, weight, cap, warmup, probes
 
-    def pair_losses(self, model, batch):
-        with caught(model) as seen: loss, *rest = super().pair_losses(model, batch)
-        if not model.training or self.state.global_step < self.warmup: return loss, *rest
-        batch = batch.to(loss.device)
+    def objective(self, model, piece):
+        "The run's own, and the penalty of each pair beside it."
+        with caught(model) as seen: total = super().objective(model, piece)
+        if self.state.global_step < self.warmup: return total
+        batch, loss = piece.to(total.device), self.step_losses[-1][1]
+        weight = loss.new_tensor([r.weight * (r.id != FILLER) for r in piece.rows])
         clean = reply_means(seen[-1].reshape(-1, seen[-1].shape[-1])[batch.score_at], batch)
         g = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
         z = torch.randn(self.probes, batch.n_pairs, self.factor.shape[1], generator=g).to(clean)
-        with self.compute_loss_context_manager(): penalty = style_penalty(model, batch, self.factor.to(clean.device), self.block, z, clean)
-        return loss + self.weight * capped(penalty, loss, self.cap), *rest
+        with self.accelerator.autocast(): penalty = style_penalty(model, batch, self.factor.to(clean.device), self.block, z, clean)
+        return total + (weight * self.weight * capped(penalty, loss, self.cap)).sum()
 
 # %% ../../nbs/30_tdi.ipynb #f2fd520b
 def styled_ids(
