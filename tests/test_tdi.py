@@ -253,8 +253,9 @@ def test_the_add_on(tmp_path):
     assert apart(plain, trained(tmp_path / "c", MatchedDPOTrainer, factor=L, block=1, warmup=99)) == 0.
     packed, padded = (trained(tmp_path / layout, MatchedDPOTrainer, layout, factor=L, block=1, warmup=0) for layout in ("packed", "padded"))
     assert apart(plain, packed) > 1e-4 and apart(packed, padded) < 1e-6
-    first = [t.state.log_history[0]["loss"] for t in (plain, packed)]
-    assert abs(first[0] - math.log(2)) < 1e-12 and first[0] < first[1] <= first[0] * (1 + .7 * .3) + 1e-9
+    first = packed.state.log_history[0]
+    assert first["loss"] == plain.state.log_history[0]["loss"] and abs(first["loss"] - math.log(2)) < 1e-12
+    assert 0 < first["style_penalty"] <= .7 * .3 * first["loss"] + 1e-9
     again = trained(tmp_path / "d", MatchedDPOTrainer, factor=L, block=1, warmup=0)
     assert apart(packed, again) == 0.
 

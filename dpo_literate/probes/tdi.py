@@ -340,7 +340,9 @@ class MatchedDPOTrainer(DPOTrainer):
         g = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
         z = torch.randn(self.probes, batch.n_pairs, self.factor.shape[1], generator=g).to(clean)
         with self.accelerator.autocast(): penalty = style_penalty(model, batch, self.factor.to(clean.device), self.block, z, clean)
-        return total + (weight * self.weight * capped(penalty, loss, self.cap)).sum()
+        extra = (weight * self.weight * capped(penalty, loss, self.cap)).sum()
+        self.count(dict(style_penalty=extra.detach().double()))
+        return total + extra
 
 # %% ../../nbs/30_tdi.ipynb #f2fd520b
 def styled_ids(
