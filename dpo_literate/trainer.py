@@ -664,7 +664,7 @@ class LogTrainer(PieceTrainer):
     "Adds what a dashboard wants, over pairs and processes."
     def clear_log(self): self.sums, self.tokens, self.slots, self.clock, self.step_losses = {}, 0, 0, None, []
 
-    def count(self, sums:dict)->None: self.sums = {k: v + self.sums.get(k, 0.) for k, v in sums.items()}
+    def count(self, sums:dict)->None: self.sums |= {k: v + self.sums.get(k, 0.) for k, v in sums.items()}
 
     def means_of(self, sums:dict)->dict:
         "Sums over the processes, by pair."
