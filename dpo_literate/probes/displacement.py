@@ -284,13 +284,13 @@ def in_words(
 def advice(
     args, # the run's `DPOConfig`
 )->str:   # sentences
-    "Remedies the run does not use yet, those first that were measured to help most."
+    "Remedies the run does not use yet, those first that helped most on page 32."
     has = set(args.loss_type)
     first = [f"{name} (loss_type={change['loss_type']})" for name, change in REMEDIES.items()
              if name in ("a likelihood term", "DPOP") and not has & (set(change["loss_type"]) - {"sigmoid"})]
     keep = f"Try {' or '.join(first)}. " if first else ""
     return (f"{keep}Fewer steps or a learning rate below {args.learning_rate:.2g} make it smaller, the margin too; "
-            "IPO bounds the margin, not the fall. Pairs whose replies are nearly the same do it most: look at them with ches_scores.")
+            "IPO bounds the margin, not the fall. Look first at pairs whose replies are nearly the same (ches_scores).")
 
 # %% ../../nbs/32_displacement.ipynb #015382d6
 def displacement_probe(
