@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ELSEWHERE', 'OWN', 'check_data', 'losses', 'quiet', 'demo', 'complain', 'as_arguments', 'read_recipe', 'Strict',
            'read_settings', 'train_options', 'rows_of', 'train', 'make_trainer', 'finish_training', 'settings_help',
-           'parser', 'add_demo', 'add_train', 'main']
+           'parser', 'add_demo', 'add_train', 'add_reward_train', 'later', 'add_ppo', 'add_frontier', 'main']
 
 # %% ../nbs/11a_cli.ipynb #8e48080d
 import argparse, ast, dataclasses, difflib, os, signal, sys, time
@@ -31,10 +31,12 @@ def check_data(
 def losses(
     args:argparse.Namespace, # no arguments of its own
 )->int:                      # 0
-    "List every loss of the registry."
-    from dpo_literate.losses import LOSSES
-    for name, loss in sorted(LOSSES.items()):
-        print(f"{name:16s} {loss.title:28s} {loss.source}")
+    "List every loss of the registry: name, title, formula, inputs, settings, paper."
+    from dpo_literate.losses import all_losses
+    for name, loss in sorted(all_losses().items()):
+        settings = ", ".join(f"{k}={v}" for k, v in loss.hyper.items())
+        print(f"{name}: {loss.title} ({loss.source}){'' if loss.paired else ', single replies'}\n    {loss.formula}\n"
+              f"    inputs: {', '.join(loss.needs)}\n    settings: {settings or 'none'}")
     return 0
 
 # %% ../nbs/11a_cli.ipynb #5ffb6b96
@@ -232,13 +234,11 @@ def settings_help()->str: # a line a setting
     "The fields DPOConfig adds or changes, from the source of `trainer`, unrun."
     import dpo_literate
     source = (Path(dpo_literate.__path__[0]) / "trainer.py").read_text(encoding="utf-8")
-    cls = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "DPOConfig")
+    classes = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name in ("TRLNames", "DPOConfig")]
     lines = []
-    for n in cls.body:
-        if not isinstance(n, ast.AnnAssign): continue
-        text = next((v.value for d in ast.walk(n.value) if isinstance(d, ast.Dict) for k, v in zip(d.keys, d.values)
-                     if getattr(k, "value", "") == "help" and isinstance(v, ast.Constant)), "")
-        if not text.startswith(("not here", "never", "unused", "with sync")): lines.append(f"  --{n.target.id:28s} {text}")
+    for n in (n for cls in classes for n in cls.body if isinstance(n, ast.AnnAssign)):
+        text = n.value.args[1].value                     # name:type = setting(default, text)
+        if not text.startswith(("not here", "never", "unused")): lines.append(f"  --{n.target.id:28s} {text}")
     return "settings of the trainer (and every field of transformers.TrainingArguments, such as --max_steps):\n" + "\n".join(lines)
 
 # %% ../nbs/11a_cli.ipynb #58be0b26
@@ -253,7 +253,10 @@ def parser()->argparse.ArgumentParser:
     check.add_argument("--split", help="which split, where there are several")
     check.add_argument("--model", help="look for this model's control tokens too: \"bundled\", a folder or a hub name")
     check.set_defaults(run=check_data)
-    commands.add_parser("losses", help="list the losses and their papers").set_defaults(run=losses)
+    commands.add_parser("losses", help="list the losses: formula, inputs, settings, paper").set_defaults(run=losses)
+    add_reward_train(commands.add_parser("reward-train", help="train a reward model on a file of pairs"))
+    add_ppo(commands.add_parser("ppo", help="train a policy by PPO on a reward"))
+    add_frontier(commands.add_parser("frontier", help="reward against KL for DPO, PPO, SFT, unlikelihood and best-of-n"))
     return top
 
 # %% ../nbs/11a_cli.ipynb #34054eff
@@ -288,6 +291,48 @@ def add_train(p:argparse.ArgumentParser)->None:
     p.add_argument("--resume", action="store_true", default=None, help="go on from the newest checkpoint in --out")
     p.epilog = settings_help()
     p.set_defaults(run=train)
+
+# %% ../nbs/11a_cli.ipynb #55f2dced
+def add_reward_train(p:argparse.ArgumentParser)->None:
+    "Arguments of `reward-train`, page 11c."
+    p.add_argument("--model", default="bundled", help="where the reward model starts (bundled)")
+    p.add_argument("--data", required=True, help="a file or folder of pairs")
+    p.add_argument("--eval", help="pairs to measure on")
+    p.add_argument("--out", required=True, dest="output", help="where model and report go")
+    for name, kind, default, text in (("epochs", float, 1., "passes over the pairs"), ("lr", float, 2e-4, "peak learning rate"), ("rank", int, 16, "of the adapter; 0 trains every weight"),
+                                      ("batch", int, 8, "pairs of a step"), ("max_length", int, 512, "tokens of a text"), ("seed", int, 0, "of everything random")):
+        p.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{text} ({default})")
+    p.set_defaults(run=lambda args: later("reward_model", "main_reward_train", args))
+
+# %% ../nbs/11a_cli.ipynb #50ba73a9
+def later(module:str, name:str, args:argparse.Namespace)->int:
+    "Call the main function of a module when it is wanted, and not before."
+    import importlib
+    quiet()
+    return getattr(importlib.import_module(f"dpo_literate.{module}"), name)(args)
+
+def add_ppo(p:argparse.ArgumentParser)->None:
+    "Arguments of `ppo`, page 12; the numbers are fields of `PPOConfig`."
+    p.add_argument("--model", default="bundled", help="where the policy starts (bundled)")
+    p.add_argument("--prompts", required=True, help="a file of prompts, or of pairs")
+    p.add_argument("--reward", default="vader", help="vader, or the folder of a reward model (vader)")
+    p.add_argument("--out", required=True, dest="output", help="where model, state and report go")
+    p.add_argument("--rank", type=int, default=16, help="of the adapter; 0 trains every weight (16)")
+    p.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    for name in ("steps", "batch_size", "minibatch_size", "epochs", "max_new_tokens", "seed"): p.add_argument(f"--{name.replace('_', '-')}", type=int)
+    for name in ("lr", "value_lr", "kl_coef", "kl_target", "missing_end_penalty"): p.add_argument(f"--{name.replace('_', '-')}", type=float)
+    p.set_defaults(run=lambda args: later("ppo", "main_ppo", args))
+
+# %% ../nbs/11a_cli.ipynb #91d2fb43
+def add_frontier(p:argparse.ArgumentParser)->None:
+    "Arguments of `frontier`, page 13; what is not given is as in `FrontierConfig`."
+    p.add_argument("--prompts", required=True, help="a file of prompts; a share is held out")
+    p.add_argument("--out", required=True, dest="output", help="a folder of cells, gone on with where it stopped")
+    p.add_argument("--methods", nargs="+", help="of dpo, ppo_true, ppo_learned, sft, unlikelihood, best_of_n (all)")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    for name in ("model", "reward"): p.add_argument(f"--{name}")
+    for name in ("rank", "epochs", "per_prompt", "max_new_tokens", "batch_size"): p.add_argument(f"--{name.replace('_', '-')}", type=int)
+    p.set_defaults(run=lambda args: later("frontier", "main_frontier", args))
 
 # %% ../nbs/11a_cli.ipynb #6085b613
 def main(
