@@ -1,6 +1,6 @@
 """DPOTrainer against TRL's: the same pairs, order, seed, dtype and optimizer; each arm in a process of its own.
 
-    python benchmarks/vs_trl.py [--pairs 128] [--float32] [--arms ours trl trl_precompute trl_checkpointing]
+    python benchmarks/vs_trl.py [--pairs 128] [--float32] [--arms ours trl trl_precompute trl_checkpointing] [--record]
 
 An arm is timed from its constructor to the end of `train()`: tokenizing, the reference pass and every step included.
 Arms already measured with the same settings are read from `runs/bench/`; `--fresh` measures all of them again.
@@ -59,8 +59,9 @@ def ours(args, folder):
     trainer._get_train_sampler = lambda *a, **k: SequentialSampler(trainer.train_dataset)
     trainer.prepare_reference(); reference = time.perf_counter() - start
     trainer.train()
-    tokens = sum(len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in trainer.rows)
-    return trainer, time.perf_counter() - start, dict(reference_seconds=reference, tokens_computed=tokens)
+    took = time.perf_counter() - start
+    tokens = [(len(r.prompt_ids), len(r.chosen_ids), len(r.rejected_ids)) for r in trainer.rows]
+    return trainer, took, dict(reference_seconds=reference, tokens_computed=sum(map(sum, tokens)), lengths=tokens)
 
 
 def theirs(args, folder):
@@ -127,6 +128,7 @@ def main():
     p.add_argument("--capacity", type=int, help="tokens of our packed rows; default: the trainer's")
     p.add_argument("--float32", action="store_true", help="no autocast: losses must agree to 1e-4")
     p.add_argument("--arms", nargs="+", default=["ours", *TRL_ARMS], choices=["ours", *TRL_ARMS])
+    p.add_argument("--record", action="store_true", help="write the comparison to nbs/results")
     p.add_argument("--fresh", action="store_true", help="measure every arm again")
     p.add_argument("--arm", choices=["ours", *TRL_ARMS], help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -137,8 +139,9 @@ def main():
     if "ours" not in found or len(found) < 2: return
     values = {**found, **compare(found)}
     print("\n".join(f"{k:24s} {v if isinstance(v, str) else round(v, 5)}" for k, v in compare(found).items()))
+    if not args.record: print("not recorded: --record writes nbs/results"); return
     from dpo_literate.results import save_result
-    save_result("bench_cpu_float32" if args.float32 else "bench_cpu", values, command="make bench" + (' ARGS="--float32"' if args.float32 else ""), seed=0,
+    save_result("bench_cpu_float32" if args.float32 else "bench_cpu", values, command="python benchmarks/vs_trl.py " + " ".join(sys.argv[1:]), seed=0,
                 seconds=max(time.perf_counter() - began, sum(v["seconds"] for v in found.values())),
                 config=dict(pairs=args.pairs, batch=BATCH, max_length=LENGTH, lr=LR, beta=BETA, capacity=args.capacity, bf16=not args.float32, threads=torch.get_num_threads()),
                 what="dpo_literate.DPOTrainer against trl.DPOTrainer on hh_harmless: SmolLM2-135M, full fine-tune, constructor to last step, reference pass included")

@@ -815,7 +815,7 @@ def test_second_run_is_refused_and_a_dead_one_is_not(tmp_path):
 
 @pytest.mark.parametrize("text,held", [
     ("", False), ("not json", False), ("[1]", False), ("{}", False), (json.dumps([os.getpid(), "0", socket.gethostname()]), False), (json.dumps([2 ** 22 + 1, None, socket.gethostname()]), False),
-    (json.dumps([1, "x", "another-host"]), True)])
+    (json.dumps([1, "x", "another-host"]), True)], ids=["empty", "not json", "a list", "an object", "a pid used again", "a pid never used", "another host"])
 def test_lock_that_is_stale(text, held, tmp_path):
     (tmp_path / ".run.lock").write_text(text)
     if held: assert "another-host" in str(refusal(ck.RunLock(tmp_path).take))
