@@ -222,8 +222,9 @@ def model_identity(
     config = {k: v for k, v in base.config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "use_cache")}
     tuned = {name: {k: v for k, v in c.to_dict().items() if k not in ("base_model_name_or_path", "inference_mode")} for name, c in adapters.items()}
     on = any(not getattr(m, "disable_adapters", False) for m in model.modules() if hasattr(m, "disable_adapters"))
-    return json.loads(json.dumps(dict(weights=weights_hash(model), config=config, adapters=tuned, dtype=base.dtype,
-        active=getattr(model, "active_adapters", None) if on else None, attention=base.config._attn_implementation), default=str, sort_keys=True))
+    found = dict(weights=weights_hash(model), config=config, adapters=tuned, dtype=base.dtype, active=getattr(model, "active_adapters", None) if on else None,
+                 attention=str(base.config._attn_implementation).removesuffix("_pairs"))      # the same attention, asked in another way
+    return json.loads(json.dumps(found, default=lambda x: sorted(map(str, x)) if isinstance(x, set) else str(x), sort_keys=True))
 
 # %% ../nbs/09_models.ipynb #f21fd2ab
 class FrozenReference:

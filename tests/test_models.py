@@ -3,6 +3,9 @@ import copy
 import itertools
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -195,3 +198,18 @@ def test_settings_of_loading_are_known(tmp_path, monkeypatch):
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda where, **kw: seen.update(kw) or models.tiny_model())
     models.load_model(tmp_path, dtype="auto", revision="main", quantization_config="q")
     assert seen["quantization_config"] == "q" and seen["revision"] == "main" and seen["dtype"] == "auto" and seen["trust_remote_code"] is False
+
+
+def test_an_identity_does_not_depend_on_the_hash_seed(tmp_path):
+    "Sets have no order: two processes must write them down alike, or no run with an adapter could go on."
+    code = ("import json; from peft import LoraConfig, get_peft_model; from dpo_literate.models import model_identity, tiny_model; import torch; torch.manual_seed(0);"
+            "print(json.dumps(model_identity(get_peft_model(tiny_model(), LoraConfig(r=2, target_modules='all-linear'))), sort_keys=True))")
+    said = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")}
+    assert len(said) == 1 and "q_proj" in said.pop()
+
+
+def test_packing_does_not_change_the_identity():
+    from dpo_literate.attention import knows_pairs
+    model = models.tiny_model()
+    before = models.model_identity(model)
+    assert knows_pairs(model) and models.model_identity(model) == before
