@@ -13,7 +13,7 @@ from pathlib import Path
 
 # %% ../nbs/11a_cli.ipynb #841b4265
 def check_data(
-    args:argparse.Namespace, # `file`, `split`, `model`
+    args:argparse.Namespace, # `file`, `split`, `model`, `control_text`
 )->int:                      # 0, or 2 where training would refuse the file
     "Count the pairs of a file by class, with the place of each problem."
     from dpo_literate.preferences import check_preferences, load_preferences
@@ -23,9 +23,11 @@ def check_data(
         tokenizer = load_tokenizer(args.model)
     audit = check_preferences(pairs, tokenizer)
     print(audit.table())
-    for kind, places in audit.refusals.items():
+    refused = audit.refusals
+    if args.control_text != "text" and audit.found["control text"]: refused |= {"control text": audit.found["control text"]}
+    for kind, places in refused.items():
         for place in places: complain(f"{place}: {kind}")
-    return audit.exit_code
+    return 2 if refused else 0
 
 # %% ../nbs/11a_cli.ipynb #ef49a8dd
 def losses(
@@ -125,7 +127,7 @@ def read_settings(
     return vars(reader.parse_args(fixed))
 
 # %% ../nbs/11a_cli.ipynb #96b76025
-OWN = ("model", "data", "eval_data", "first", "holdout", "format", "identical", "out", "config", "resume", "lora_r", "lora_alpha", "lora_targets")
+OWN = ("model", "data", "eval_data", "first", "holdout", "format", "identical", "control_text", "out", "config", "resume", "lora_r", "lora_alpha", "lora_targets")
 
 def train_options(
     args:argparse.Namespace, # as parsed: `config`, and what was given
@@ -134,13 +136,14 @@ def train_options(
     "The recipe, and what the command line says over it."
     from dpo_literate.results import Refusal
     recipe = read_recipe(args.config) if args.config else {}
-    own = dict(first=0, holdout=0, format="auto", identical="refuse", lora_r=0, lora_alpha=None, lora_targets="all-linear", resume=False, eval_data=None)
+    own = dict(first=0, holdout=0, format="auto", identical="refuse", control_text="refuse", lora_r=0, lora_alpha=None, lora_targets="all-linear", resume=False, eval_data=None)
     own |= {k: recipe.pop(k) for k in list(recipe) if k in OWN}
     own |= {k: v for k, v in vars(args).items() if k in OWN and v is not None}
     for name in ("model", "data", "out"):
         if not own.get(name): raise Refusal(f"--{name} is missing")
     for name in ("first", "holdout", "lora_r"):
         if not isinstance(own[name], int) or own[name] < 0: raise Refusal(f"{name}={own[name]!r}: expected a whole number, 0 or more")
+    if own["control_text"] not in ("refuse", "text"): raise Refusal(f"control_text={own['control_text']!r}: use refuse or text")
     if own["identical"] not in ("refuse", "drop"): raise Refusal(f"identical={own['identical']!r}: use refuse or drop")
     if own["format"] not in ("auto", "text", "chat"): raise Refusal(f"format={own['format']!r}: use auto, text or chat")
     return own, read_settings(as_arguments(recipe) + rest, OWN)
@@ -156,7 +159,10 @@ def rows_of(
     pairs = load_preferences(source)
     audit = check_preferences(pairs, tokenizer)
     audit.refuse(("identical",) if own["identical"] == "drop" else ())
-    for place in audit.found["control text"]: complain(f"{place}: spells a control token, which stays text")
+    spelled = audit.found["control text"]
+    if spelled and own["control_text"] != "text":
+        from dpo_literate.results import Refusal
+        raise Refusal(f"{spelled[0]}: spells a control token ({len(spelled)} such rows): take it out, or say --control-text text to read it as plain text")
     chat = own["format"] == "chat" or own["format"] == "auto" and tokenizer.chat_template
     return encode_pairs([as_chat(p) for p in pairs] if chat else pairs, tokenizer, max_length=settings.get("max_length", 1024),
                         truncation=settings.get("truncation_mode", "refuse"), score_tail=settings.get("score_tail", False), ld_alpha=settings.get("ld_alpha"),
@@ -252,6 +258,7 @@ def parser()->argparse.ArgumentParser:
     check.add_argument("file", help="a file or folder of pairs")
     check.add_argument("--split", help="which split, where there are several")
     check.add_argument("--model", help="look for this model's control tokens too: \"bundled\", a folder or a hub name")
+    check.add_argument("--control-text", default="refuse", choices=["refuse", "text"], help="as for train (refuse)")
     check.set_defaults(run=check_data)
     commands.add_parser("losses", help="list the losses: formula, inputs, settings, paper").set_defaults(run=losses)
     add_reward_train(commands.add_parser("reward-train", help="train a reward model on a file of pairs"))
@@ -285,6 +292,7 @@ def add_train(p:argparse.ArgumentParser)->None:
     p.add_argument("--holdout", type=int, help="pairs to hold out of --data and measure on")
     p.add_argument("--format", help="auto: text pairs become a chat where the model has a template; text; chat")
     p.add_argument("--identical", help="pairs of two equal replies: refuse, or drop and count (refuse)")
+    p.add_argument("--control-text", help="pairs that spell a control token: refuse, or text, which they stay (refuse)")
     p.add_argument("--lora-r", type=int, help="rank of a LoRA adapter; 0 trains every weight (0)")
     p.add_argument("--lora-alpha", type=int, help="scale of the adapter (2 r)")
     p.add_argument("--lora-targets", help="layers with an adapter: all-linear, or names between commas")
