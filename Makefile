@@ -10,7 +10,7 @@ PIP   = echo "  $(1)" && $(PY) -m pip install --disable-pip-version-check --root
 export TOKENIZERS_PARALLELISM := false
 export MPLBACKEND ?= agg
 
-.PHONY: help setup demo test lab docs check slow bench export clean-nbs readme
+.PHONY: help setup demo test lab docs check slow bench mutants export clean-nbs readme
 help:      ## this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
@@ -50,6 +50,9 @@ slow: setup ## the slow cells
 
 bench: setup ## speed and memory beside TRL
 	@$(PY) benchmarks/vs_trl.py $(ARGS)
+
+mutants: setup ## seeded mistakes, and whether the tests see them
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest tests/test_mutants.py -m slow -n 0 -s
 
 export: setup ## notebooks -> dpo_literate/
 	@$(VENV)/bin/nbdev-export

@@ -51,12 +51,13 @@ def settings(args, folder):
 
 
 def ours(args, folder):
+    import dpo_literate.trainer
     from dpo_literate.trainer import DPOConfig, DPOTrainer
     model, tokenizer = model_and_tokenizer()
     config = DPOConfig(**settings(args, folder), truncation_mode="keep_start", score_tail=True, capacity=args.capacity)
     data, start = pairs(args.pairs), time.perf_counter()
+    dpo_literate.trainer.epoch_order = lambda n, seed, epoch: list(range(n))   # both sides in the order of the file
     trainer = DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
-    trainer._get_train_sampler = lambda *a, **k: SequentialSampler(trainer.train_dataset)
     trainer.prepare_reference(); reference = time.perf_counter() - start
     trainer.train()
     took = time.perf_counter() - start
@@ -93,7 +94,7 @@ def arm(args):
 
 def measured(args, name):
     "Run an arm in a fresh process, or read what it gave with the same settings."
-    key = hashlib.sha256(json.dumps([name, args.pairs, args.float32, args.capacity, torch.get_num_threads()]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([name, args.pairs, args.float32, args.capacity if name == "ours" else None, torch.get_num_threads()]).encode()).hexdigest()[:12]
     path = Path("runs/bench") / f"{name}_{key}.json"
     if path.exists() and not args.fresh: return json.loads(path.read_text())
     flags = ["--pairs", str(args.pairs), "--arm", name] + ["--float32"] * args.float32 + (["--capacity", str(args.capacity)] if args.capacity else [])
@@ -125,7 +126,7 @@ def show(name, a):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--pairs", type=int, default=128)
-    p.add_argument("--capacity", type=int, help="tokens of our packed rows; default: the trainer's")
+    p.add_argument("--capacity", type=int, default=2048, help="tokens of our packed rows")
     p.add_argument("--float32", action="store_true", help="no autocast: losses must agree to 1e-4")
     p.add_argument("--arms", nargs="+", default=["ours", *TRL_ARMS], choices=["ours", *TRL_ARMS])
     p.add_argument("--record", action="store_true", help="write the comparison to nbs/results")

@@ -634,7 +634,7 @@ def check_finite(trainer, model, losses:list=())->None:
     if not grads: raise Refusal("no trainable tensor received a gradient: nothing would be learned")
     looked = [] if args.fp16 else list(grads.values())   # the scaler answers for float16
     looked += [l for _, l in losses]
-    if not looked or not add_up([(~torch.stack([x.isfinite().all() for x in looked])).sum()])[0]: return
+    if not looked or not add_up([(~torch.stack(torch._foreach_norm(looked, math.inf)).isfinite()).sum()])[0]: return
     rows = [r.id for rs, l in losses for r, ok in zip(rs, l.isfinite().tolist()) if not ok]
     broken = [n for n, g in grads.items() if not g.isfinite().all()] or ["another process"]
     where = f"the loss of row {', '.join(rows)}" if rows else f"the gradient of {broken[0]}"
