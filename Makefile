@@ -30,7 +30,7 @@ $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 comma := ,
 
 demo: setup ## the main job: align the bundled 135M chat model and write runs/demo/report.html
-	@$(PY) -m dpo_literate.cli demo $(ARGS)
+	@$(VENV)/bin/dpo-literate demo $(ARGS)
 
 test: setup ## every page top to bottom, and everything in tests/
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest tests $(ARGS)

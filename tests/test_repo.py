@@ -413,3 +413,9 @@ def test_ci_is_green_only_when_pages_and_tests_ran(tmp_path, said, code, ends):
         (tmp_path / name).chmod(0o755)
     done = subprocess.run(["bash", str(ROOT / ".ci" / "run")], capture_output=True, text=True, env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"})
     assert done.returncode == ends, done.stdout + done.stderr
+
+
+def test_make_demo_calls_the_command():
+    "`make demo` once called a module without a main: exit 0, nothing done."
+    said = subprocess.run(["make", "-n", "demo", "ARGS=--seed 7"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "bin/dpo-literate demo --seed 7" in said
