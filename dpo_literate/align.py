@@ -519,9 +519,12 @@ def fast_dtype(model)->str: # bfloat16 where the machine has it and the model is
 
 def pairs_of_file(run, pairs):
     "Rows of a file of pairs; text becomes a chat where the model has a template."
-    check_preferences(pairs, run.tokenizer).refuse(("identical",))
+    audit = check_preferences(pairs, run.tokenizer)
+    audit.refuse()
+    if spelled := audit.found["control text"]:
+        raise Refusal(f"{spelled[0]}: spells a control token ({len(spelled)} such rows)")
     chat = [as_chat(p) for p in pairs] if run.tokenizer.chat_template else list(pairs)
-    rows, counts = encode_pairs(chat, run.tokenizer, max_length=None, identical="drop")
+    rows, counts = encode_pairs(chat, run.tokenizer, max_length=None)
     if not rows: raise Refusal(f"{run.config.pairs}: no pair to train on ({counts})")
     kept = {k: v for k, v in counts.by.items() if v}
     run.counts["pairs file"] = dict(rows_in=counts.rows_in, **kept)

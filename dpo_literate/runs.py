@@ -139,7 +139,7 @@ def plot_frontier(
                     xytext=(8, -12), fontsize=8, color=COLORS["ref"])
     ax.set(xlabel="KL(policy ‖ reference) per reply (nat)", ylabel="mean held-out reward",
            title="What the distance bought")
-    ax.margins(x=.12)
+    ax.margins(x=.18)
     return finish(fig)
 
 # %% ../nbs/10b_runs.ipynb #35fd3686
