@@ -696,8 +696,9 @@ def mean_reward(replies:list)->float:
 
 def training_line(log:list)->str: # a line a step
     "Where the loss began and where it went; one batch says little, so ten are averaged."
-    late = statistics.mean(h["loss"] for h in log[-10:])
-    return f"{len(log)} steps: loss {log[0]['loss']:.3f} at first, {late:.3f} over the last ten"
+    late = [h["loss"] for h in log[-10:]]
+    return (f"{len(log)} steps: loss {log[0]['loss']:.3f} at first, "
+            f"{statistics.mean(late):.3f} over the last {len(late)}")
 
 def headline(f:dict)->str:
     "The figures as a small table."
