@@ -311,8 +311,9 @@ def step_kl(
     tokens:Tensor,          # drawn from the first, (N,)
 )->tuple[Tensor,Tensor]:    # KL of each step and log-ratio of each token (nat), both (N,)
     "One step of (11.2), and its cheap sibling."
-    ratio = new - old
-    return (new.exp() * ratio).sum(-1), ratio.gather(-1, tokens[:, None])[:, 0]
+    p, ratio = new.exp(), new - old
+    kl = torch.where(p > 0, p * ratio, 0.).sum(-1)                # 0·log 0 = 0
+    return kl, ratio.gather(-1, tokens[:, None])[:, 0]
 
 # %% ../nbs/11_align.ipynb #9603a768
 @torch.no_grad()
