@@ -11,7 +11,6 @@ and sampled anew where it was not. Another file of pairs: --pairs FILE. A finish
 """
 import argparse
 import copy
-import json
 import sys
 import time
 from dataclasses import asdict, replace
