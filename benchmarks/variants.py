@@ -111,7 +111,7 @@ SCAN_CLAIMS = [  # claim, source, paper's figure, loss and beta, other loss and 
     ("IPO averaged over tokens earns more than IPO summed, each at its best beta", "Preference Tuning LLMs with DPO methods", "erratum of the post: averaged, not summed", ("ipo", "best"), ("ipo_sum", "best"), "rewards", 1),
     ("SimPO earns more than DPO, each at its best beta", "arXiv:2405.14734", "Mistral-Base AlpacaEval 2 LC 21.4 against DPO's 15.1", ("simpo", "best"), ("sigmoid", "best"), "rewards", 1),
     ("ORPO, without a reference, earns more than DPO, each at its best beta", "arXiv:2403.07691", "Mistral-Base AlpacaEval 2 LC 14.7 against DPO's 15.1", ("orpo", "best"), ("sigmoid", "best"), "rewards", 1),
-    ("robust DPO, told 10 % of flips that are not there, earns as DPO does or less", "arXiv:2403.00409", "theory: unbiased under flips, more variance", ("robust", "best"), ("sigmoid", "best"), "rewards", -1)]
+    ("robust DPO, told of 10 % of flips that are not there, earns less than DPO", "arXiv:2403.00409", "theory: unbiased under flips, more variance", ("robust", "best"), ("sigmoid", "best"), "rewards", -1)]
 
 
 def chosen_beta(runs, loss, which):
