@@ -101,3 +101,25 @@ def test_best_beta_is_chosen_where_it_is_not_judged():
     lucky, honest = dict(loss="a", beta=1., rewards=[0., 9.] * 4), dict(loss="a", beta=2., rewards=[1., 0.] * 4)
     assert bench.chosen_beta([lucky, honest], "a", "best") is honest
     assert bench.chosen_beta([lucky, honest], "a", "low") is lucky and bench.chosen_beta([lucky, honest], "a", "high") is honest
+
+
+def test_tokens_of_trl_are_those_its_collator_lays_out():
+    "The count beside ours on page 40, batch by batch, cut at the benchmark's length."
+    pytest.importorskip("trl")
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+    bench, g = script("vs_trl"), torch.Generator().manual_seed(0)
+    def ids(longest): return [5] * int(torch.randint(1, longest, (1,), generator=g))
+    data = [dict(prompt_ids=ids(600), chosen_ids=ids(200), rejected_ids=ids(200)) for _ in range(20)]
+    collate = DataCollatorForPreference(pad_token_id=0, max_length=bench.LENGTH)
+    laid = [collate(data[i:i + bench.BATCH])["input_ids"] for i in range(0, len(data), bench.BATCH)]
+    assert bench.padded_tokens(data) == sum(x.numel() for x in laid) and any(x.shape[1] == bench.LENGTH for x in laid) and len(laid[-1]) < 2 * bench.BATCH
+
+
+def test_the_best_of_trl_counts():
+    "Speed against its fastest arm, memory against that same arm, losses against all of them."
+    bench = script("vs_trl")
+    def arm(speed, memory, losses): return dict(pairs_per_second=speed, peak_memory_gb=memory, losses=losses)
+    found = bench.compare(dict(ours=arm(8., 4., [.7, .5]), trl=arm(2., 10., [.7, .5]), trl_precompute=arm(1., 8., [.7, .4]), trl_checkpointing=arm(1.5, 5., [.7, .5])))
+    assert (found["best_trl"], found["speed_ratio"], found["memory_ratio"]) == ("trl", 4., .4)
+    assert (found["leanest_trl"], found["memory_ratio_to_leanest"]) == ("trl_checkpointing", .8) and found["max_loss_difference"] == pytest.approx(.1)
+    with pytest.raises(ValueError): bench.compare(dict(ours=arm(1., 1., [.7]), trl=arm(1., 1., [.7, .6])))
