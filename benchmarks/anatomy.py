@@ -139,7 +139,7 @@ def stages(args):
     batch, = pack_rows(rows, capacity=CAPACITY)
     def reference():
         with torch.autocast("cpu", torch.bfloat16): read_reference(model, [batch])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)   # as the trainer has it
     seconds = dict(tokenise=median(encode, args.repeats), pack=median(lambda: pack_rows(rows, capacity=CAPACITY), args.repeats), reference=median(reference, args.repeats))
     step(model, batch, optimizer)
     parts = [step(model, batch, optimizer) for _ in range(args.repeats)]
