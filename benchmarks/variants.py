@@ -11,6 +11,7 @@ and sampled anew where it was not. Another file of pairs: --pairs FILE. A finish
 """
 import argparse
 import copy
+import gc
 import sys
 import time
 from dataclasses import asdict, replace
@@ -202,6 +203,7 @@ def one_run(at, args, before, loss, beta, seed):
     found = trainer.evaluate()
     policy = trainer.model.merge_and_unload().to(torch.bfloat16).eval()
     drift = {f"{side}_drift": found[f"eval_logps/{side}"] - x for side, x in zip(("chosen", "rejected"), before)}
+    del trainer; gc.collect()       # a trainer and its model hold each other
     return dict(accuracy=found["eval_rewards/accuracies"], **drift, **answers(at, policy, args, seed), seconds=round(time.process_time() - start, 1))  # of the processor: what a quiet core would take
 
 
