@@ -92,8 +92,18 @@ def test_scan_claims_need_prompts_and_seeds_to_agree():
     one, other = ("simpo", "best"), ("sigmoid", "best")
     assert bench.scan_claim([low, high], one, other, "rewards", 1)[0] == pytest.approx(.3) and bench.scan_claim([low, high], one, other, "rewards", 1)[3] == "held"
     assert bench.scan_claim([low, high], one, other, "rewards", -1)[3] == "did not hold"
+    for r, drift in ((low, [1., 2., 3.]), (high, [-1., -1., 0.])): r["chosen_drift"] = drift
+    mean, *_, said, betas = bench.scan_claim([low, high], ("simpo", "low"), ("sigmoid", "high"), "chosen_drift", 1)
+    assert mean == pytest.approx(8 / 3) and said == "held" and betas == "beta 2.0 against 0.1"
     low["judged"] = [.5, .1, .5]
     assert bench.scan_claim([low, high], one, other, "rewards", 1)[3] == "too small to tell"
+
+
+def test_claims_of_the_scan_ask_of_what_it_runs():
+    bench = script("variants")
+    assert len(bench.SCAN_CLAIMS) >= 6
+    for *_, (one, a), (other, b), key, wanted in bench.SCAN_CLAIMS:
+        assert {one, other} <= set(bench.SCAN) and {a, b} <= {"low", "high", "best"} and key in bench.UNITS and wanted in (-1, 1)
 
 
 def test_best_beta_is_chosen_where_it_is_not_judged():
