@@ -112,6 +112,8 @@ def judged(policy, tokenizer, config):
     for name in ("refused", "undone"):
         values[name] = mean(name, lambda x: x.kind in ("aligned", "benign"))
         values |= {f"{kind}_{name}": mean(name, lambda x: x.kind == kind) for kind in ("aligned", "benign")}
+    conflicts = [x for x in items if x.kind == "conflict"][::2]
+    values["upside_down"] = macro(ppa(conflicts, judge(conflicts, replies_to(policy, tokenizer, conflicts, limit=h["limit"], upside_down=True))["won"]))
     families = Counter(x.family for x in items if x.kind == "conflict")
     values["families_won"] = {f: mean("won", lambda x: x.family == f and x.kind == "conflict") for f in sorted(families)}
     values["examples"] = [dict(kind=x.kind, pair=list(x.pair), chosen=x.chosen, reply=y) for x, y in list(zip(items, replies))[::12]]
@@ -148,7 +150,7 @@ def record(todo):
     seeds, command = sorted({c["config"]["seed"] for c in cells}), "python benchmarks/hierarchy.py --record"
     names = list(dict.fromkeys(c["config"]["arm"] for c in cells))
     def of(arm, name): return [next(c["values"][name] for c in cells if c["config"]["arm"] == arm and c["config"]["seed"] == s) for s in seeds]
-    plain = ("macro", "whs", "cascades", "refused", "undone", "aligned_refused", "aligned_undone", "benign_refused", "benign_undone", "families_won", "pairs_won")
+    plain = ("macro", "whs", "cascades", "refused", "undone", "aligned_refused", "aligned_undone", "benign_refused", "benign_undone", "upside_down", "families_won", "pairs_won")
     arms = {arm: {name: of(arm, name) for name in plain} for arm in names}
     examples = {arm: next(c["values"]["examples"] for c in cells if c["config"]["arm"] == arm) for arm in ("SFT", "DPO", "bilateral")}
     config = dict(model="bundled", sft=SFT, dpo=DPO, held=HELD, lora=LORA, alpha=.3, **BASE)
@@ -161,7 +163,7 @@ def claims(of, seeds, command):
     "The rows of the claims table; every difference is taken seed by seed, and a positive one favours the claim."
     setup = (f"SmolLM2-135M-Instruct, LoRA r{LORA['r']}, SFT on {SFT['rows']} rows, then {10 * DPO['per_pair'] + DPO['cascades']} conflicts and {DPO['benign']} calibration rows "
              f"in three stages; {10 * HELD['per_pair']} held-out conflicts, {10 * HELD['aligned'] + HELD['benign']} harmless prompts a seed")
-    def less(a, b, name, factor=1.): return [factor * x - y for x, y in zip(of(a, name), of(b, name))]
+    def gap(a, b, name, factor=1.): return [factor * x - y for x, y in zip(of(a, name), of(b, name))]
     def corner(arm):     # mean PPA of the pairs whose offset rises most, minus that of the others
         rise = [(sum(p[k] for k in ("01", "12")) / 2) - sum(v for k, v in p.items() if k not in ("01", "12")) / 8 for p in of(arm, "pairs_won")]
         return rise
@@ -169,16 +171,16 @@ def claims(of, seeds, command):
         low, high = bootstrap_interval(values)
         return dict(claim=claim, source=source, paper_figure=paper, setup=setup, ours=sum(values) / len(values), low=low, high=high, seeds=seeds,
                     verdict=verdict(low, high), command=command)
-    return [row("bilateral has a higher macro PPA than DPO (difference)", "higher", less("bilateral", "DPO", "macro")),
-            row("bilateral has a higher macro PPA than linear (difference)", "higher", less("bilateral", "linear", "macro")),
-            row("bilateral refuses at most half as often as DPO, phrase list (half of DPO's rate minus bilateral's)", "half", less("DPO", "bilateral", "refused", .5)),
-            row("it is the structure: bilateral has a higher macro PPA than a constant offset of equal mean (difference)", "left out", less("bilateral", "constant", "macro"), "our control"),
+    return [row("bilateral has a higher macro PPA than DPO (difference)", "higher", gap("bilateral", "DPO", "macro")),
+            row("bilateral has a higher macro PPA than linear (difference)", "higher", gap("bilateral", "linear", "macro")),
+            row("bilateral refuses at most half as often as DPO, phrase list (half of DPO's rate minus bilateral's)", "half", gap("DPO", "bilateral", "refused", .5)),
+            row("it is the structure: bilateral has a higher macro PPA than a constant offset of equal mean (difference)", "left out", gap("bilateral", "constant", "macro"), "our control"),
             row("bilateral's gain over linear lies in the pairs 01 and 12 (their gain minus that of the others)", "predicted", [x - y for x, y in zip(corner("bilateral"), corner("linear"))],
                 "arXiv:2606.10860 configuration"),
-            row("calibration rows lower over-refusal, phrase list (bilateral without minus with)", "lower", less("bilateral, no calibration", "bilateral", "refused")),
-            row("calibration rows lower over-refusal, task not done (bilateral without minus with)", "lower", less("bilateral, no calibration", "bilateral", "undone"), "our second detector"),
-            row("segments lower over-refusal, phrase list (bilateral without minus with)", "lower", less("bilateral, no segments", "bilateral", "refused")),
-            row("DPO raises macro PPA over supervised training (difference)", "higher", less("DPO", "SFT", "macro"))]
+            row("calibration rows lower over-refusal, phrase list (bilateral without minus with)", "lower", gap("bilateral, no calibration", "bilateral", "refused")),
+            row("calibration rows lower over-refusal, task not done (bilateral without minus with)", "lower", gap("bilateral, no calibration", "bilateral", "undone"), "our second detector"),
+            row("segments lower over-refusal, phrase list (bilateral without minus with)", "lower", gap("bilateral, no segments", "bilateral", "refused")),
+            row("DPO raises macro PPA over supervised training (difference)", "higher", gap("DPO", "SFT", "macro"))]
 
 
 def main(argv=None):

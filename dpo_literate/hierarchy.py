@@ -369,11 +369,12 @@ def add_delimiters(
 def messages_of(
     levels:dict, # level, 0 … 4 -> text; missing levels are left out of the prompt
     tokenizer,   # with delimiters
+    upside_down:bool=False, # lowest level first, see the pitfalls
 )->list[dict]:   # messages of the chat template
     "Behind the front end: no level can spell a control token."
     if not levels or set(levels) - set(range(5)): raise Refusal(f"levels {sorted(levels, key=str)}: expected at least one of 0 to 4")
     marks = reserved_tokens(tokenizer)
-    return [{"role": f"L{l}", "content": strip_reserved(levels[l], marks)} for l in sorted(levels)]
+    return [{"role": f"L{l}", "content": strip_reserved(levels[l], marks)} for l in sorted(levels, reverse=upside_down)]
 
 def hierarchy_rows(
     items:list[Item],
@@ -582,9 +583,10 @@ def replies_to(
     items:list[Item],
     limit:int=24,        # most tokens of a reply
     batch:int=32,        # prompts at a time, of like length
+    upside_down:bool=False, # lowest level first
 )->list[str]:            # one an item, greedy
     "What the policy says."
-    prompts = [encode_prompt(messages_of(x.levels, tokenizer), tokenizer) for x in items]
+    prompts = [encode_prompt(messages_of(x.levels, tokenizer, upside_down), tokenizer) for x in items]
     order, out = sorted(range(len(items)), key=lambda n: len(prompts[n])), [""] * len(items)
     was = model.training; model.eval()
     for k in range(0, len(order), batch):
