@@ -17,7 +17,7 @@ from collections import Counter
 
 import torch
 
-from dpo_literate.hierarchy import (PAIRS, HierarchyTrainer, add_delimiters, add_segments, agreed, hierarchy_policy, hierarchy_rows, judge, load_hierarchy,
+from dpo_literate.hierarchy import (PAIRS, HierarchyTrainer, add_delimiters, add_segments, agreed, conflict, hierarchy_policy, hierarchy_rows, judge, load_hierarchy,
                                     macro, make_items, ppa, replies_to, save_hierarchy, train_hierarchy, whs)
 from dpo_literate.models import load_model, load_tokenizer
 from dpo_literate.results import Refusal, bootstrap_interval, repo_dir, save_claims, save_result, write_atomic
@@ -70,14 +70,13 @@ def quiet_trainer(*args, **more):
 
 
 def supervised(config):
-    "Phase 1: what the marks and the demands mean, from prompts without a conflict."
+    "Phase 1: what the marks and the demands mean; three prompts of four are without a conflict."
     tokenizer, model = load_tokenizer("bundled"), load_model("bundled")
     add_delimiters(model, tokenizer)
     if config["segments"]: add_segments(model, tokenizer, seed=config["seed"])
-    torch.manual_seed(config["seed"])
-    policy = hierarchy_policy(model, tokenizer, new_lora())
+    policy = hierarchy_policy(model, tokenizer, new_lora(), config["seed"])
     rng = random.Random(f"sft {config['seed']}")
-    rows = hierarchy_rows([agreed(PAIRS[n % len(PAIRS)], rng) for n in range(SFT["rows"])], tokenizer)
+    rows = hierarchy_rows([(conflict if n % 4 == 3 else agreed)(rng.choice(PAIRS), rng) for n in range(SFT["rows"])], tokenizer)
     rows = [Row(r.prompt_ids, r.chosen_ids, r.rejected_ids[-1:], r.id) for r in rows]   # the loss reads the chosen reply only
     args = DPOConfig(str(CELLS / "trainer"), loss_type="sft", learning_rate=SFT["learning_rate"], seed=config["seed"], **BASE)
     trainer = quiet_trainer(policy, args=args, train_dataset=rows, processing_class=tokenizer)
@@ -89,8 +88,7 @@ def supervised(config):
 def preferred(config):
     "Phase 2: one arm, from the supervised model of its seed."
     model, tokenizer = load_hierarchy(load_model("bundled"), folder_of(config), merge=True)
-    torch.manual_seed(config["seed"])
-    policy = hierarchy_policy(model, tokenizer, new_lora())
+    policy = hierarchy_policy(model, tokenizer, new_lora(), config["seed"])
     d = config["dpo"]
     items = make_items("train", config["seed"], per_pair=d["per_pair"], benign=d["benign"] * config["calibration"], cascades=d["cascades"])
     logs = train_hierarchy(policy, tokenizer, items, schedule=config["schedule"], gaps=tuple(d["gaps"]), out=CELLS / "trainer", seed=config["seed"],
