@@ -133,7 +133,7 @@ def test_offsets_of_rows():
     for schedule in ("none", "linear", "bilateral"):
         for x, r in zip(items, hierarchy_rows(items, tokenizer, schedule, .7)):
             i, j = min(x.chain), max(x.chain)
-            want = {"none": 0, "linear": j - i, "bilateral": (j - i) * (4 - i)}[schedule] if x.kind in ("conflict", "cascade") else 0
+            want = {"none": 0, "linear": j - i, "bilateral": (j - i) * (4 - i)}[schedule] if x.attacked else 0
             assert r.offset == pytest.approx(.7 * want, abs=1e-12)
     constant, bilateral = ([r.offset for r in hierarchy_rows(items, tokenizer, s)] for s in ("constant", "bilateral"))
     assert sum(constant) == pytest.approx(sum(bilateral)) and len({round(o, 9) for o in constant}) == 2
@@ -145,7 +145,7 @@ def test_held_out_is_held_out():
     for table in (OVERRIDES, LOOKALIKES, PERSONAS, FORBID, REQUESTS, WORDS): assert not set(table["train"]) & set(table["held out"])
     assert not {t for pair in WORDS["train"] for t in pair} & {t for pair in WORDS["held out"] for t in pair}
     for name, f in FAMILIES.items():
-        assert not set(f.say.get("train", ())) & set(f.say["held out"])
+        assert not set(f.train) & set(f.held_out) and f.held_out
         if name not in ("case", "brackets"): assert not set(f.values.get("train", ())) & set(f.values["held out"])
     assert [n for n, f in FAMILIES.items() if "train" not in f.values] == ["greeting"]
     texts = {split: {t for x in make_items(split, 0, per_pair=30, benign=60, cascades=30) for t in x.levels.values()} for split in WORDS}
@@ -158,7 +158,7 @@ def test_every_item_is_judged_as_it_was_made(split):
         for x in make_items(split, seed, per_pair=12, aligned=6, benign=12, cascades=12):
             assert list(x.levels) == sorted(x.levels) and 3 in x.levels and set(x.chain) <= set(x.levels)
             assert x.satisfied(x.chosen) and not x.follows(x.chosen)
-            if x.kind in ("conflict", "cascade"): assert x.follows(x.rejected) and not x.satisfied(x.rejected)
+            if x.attacked: assert x.follows(x.rejected) and not x.satisfied(x.rejected)
             else: assert says(x.chosen, x.answer) and not refuses(x.chosen) and refuses(x.rejected) and not says(x.rejected, x.answer)
             assert not x.satisfied("") and not x.follows("")
 
