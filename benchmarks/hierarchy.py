@@ -26,14 +26,13 @@ from dpo_literate.trainer import DPOConfig
 
 CELLS = repo_dir() / "runs" / "hierarchy"
 LORA = dict(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-BASE = dict(save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1, lr_scheduler_type="cosine", num_train_epochs=1, bf16=True, max_length=None,
-            per_device_train_batch_size=8)
-SFT = dict(rows=96, learning_rate=1e-3)
-DPO = dict(per_pair=6, benign=16, cascades=6, learning_rate=3e-4, beta=.1, gaps=(3, 2, 1))
-HELD = dict(per_pair=6, aligned=3, benign=15, cascades=10, limit=16)
+BASE = dict(save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1, lr_scheduler_type="cosine", num_train_epochs=1, bf16=True, max_length=None)
+SFT = dict(rows=200, learning_rate=1.5e-3, batch=4, warmup=4)
+DPO = dict(per_pair=6, benign=16, cascades=6, learning_rate=3e-4, beta=.1, gaps=(3, 2, 1), batch=8)
+HELD = dict(per_pair=6, aligned=3, benign=15, cascades=10, limit=12)
 ARMS = {"DPO": dict(schedule="none"), "constant": dict(schedule="constant"), "linear": dict(schedule="linear"), "bilateral": dict(schedule="bilateral"),
         "DPO, no calibration": dict(schedule="none", calibration=False), "bilateral, no calibration": dict(schedule="bilateral", calibration=False),
-        "DPO, no segments": dict(schedule="none", segments=False), "bilateral, no segments": dict(schedule="bilateral", segments=False)}
+        "bilateral, no segments": dict(schedule="bilateral", segments=False)}
 
 
 def key(config): return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
@@ -78,7 +77,8 @@ def supervised(config):
     rng = random.Random(f"sft {config['seed']}")
     rows = hierarchy_rows([(conflict if n % 4 == 3 else agreed)(rng.choice(PAIRS), rng) for n in range(SFT["rows"])], tokenizer)
     rows = [Row(r.prompt_ids, r.chosen_ids, r.rejected_ids[-1:], r.id) for r in rows]   # the loss reads the chosen reply only
-    args = DPOConfig(str(CELLS / "trainer"), loss_type="sft", learning_rate=SFT["learning_rate"], seed=config["seed"], **BASE)
+    args = DPOConfig(str(CELLS / "trainer"), loss_type="sft", learning_rate=SFT["learning_rate"], warmup_steps=SFT["warmup"],
+                     per_device_train_batch_size=SFT["batch"], seed=config["seed"], **BASE)
     trainer = quiet_trainer(policy, args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     save_hierarchy(policy, tokenizer, folder_of(config))
@@ -92,7 +92,7 @@ def preferred(config):
     d = config["dpo"]
     items = make_items("train", config["seed"], per_pair=d["per_pair"], benign=d["benign"] * config["calibration"], cascades=d["cascades"])
     logs = train_hierarchy(policy, tokenizer, items, schedule=config["schedule"], gaps=tuple(d["gaps"]), out=CELLS / "trainer", seed=config["seed"],
-                           learning_rate=d["learning_rate"], beta=d["beta"], **BASE)
+                           learning_rate=d["learning_rate"], beta=d["beta"], per_device_train_batch_size=d["batch"], **BASE)
     first, last = ([[h for h in log if "loss" in h][n] for log in logs] for n in (0, -1))
     return dict(judged(policy, tokenizer, config), pairs=len(items), first_loss=[h["loss"] for h in first], margin=[h["rewards/margins"] for h in last])
 

@@ -220,7 +220,7 @@ def welcome(topic): return f"Questions about {topic} are welcome."
 def _asked(levels:dict, fact:tuple, page:bool, rng:random.Random, split:str)->dict:
     "The user's request at level 3, and a page at level 4 where the prompt has a tool output."
     text = {3: rng.choice(REQUESTS[split]).format(*fact) + " " + levels.get(3, "")}
-    if page: text[4] = "Page on {}: {} is an entry. ".format(*fact) + levels.get(4, "")
+    if page: text[4] = " ".join(rng.sample(["Page on {}: {} is an entry.".format(*fact), levels.get(4, "")], 2))
     return {l: t.strip() for l, t in sorted({**levels, **text}.items())}
 
 def _item(kind, chain, said, fact, family, values, replies, rng, split):

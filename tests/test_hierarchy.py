@@ -1,9 +1,12 @@
 "The hierarchy beyond the page: the front end on forged text, segments on any token string, every reference mode, resume, and the judge against loops."
 import copy
+import importlib.util
+import json
 import math
 import random
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from dpo_literate.logps import pad_rows
 from dpo_literate.losses import dpo_loss
 from dpo_literate.models import no_dropout, tiny_config, tiny_model
 from dpo_literate.packing import pack_rows, packed_reply_logps
-from dpo_literate.results import Refusal
+from dpo_literate.results import Refusal, claim_problems
 from dpo_literate.rows import control_ids, encode_prompt, encode_text, tiny_tokenizer
 from dpo_literate.trainer import DPOConfig
 
@@ -371,3 +374,45 @@ def test_controls_agree():
     for x in (agreed((0, 3), random.Random(n)) for n in range(50)): assert not x.follows(x.rejected) and x.pair == (0, 3)
     assert all(math.isnan(v) for v in judge([look_alike(1, random.Random(0))], ["a"])["won"].tolist())
     assert conflict((0, 2, 4), random.Random(0)).kind == "cascade"
+
+
+# ------------------------------------------------------------ the recorded comparison
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "hierarchy.py"
+    spec = importlib.util.spec_from_file_location("bench_hierarchy", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "CELLS", tmp_path)
+    return module
+
+
+def pretended(shift):
+    "Values of a cell, as if measured."
+    pairs = {f"{i}{j}": .5 + shift for i, j in PAIRS}
+    values = dict.fromkeys(("macro", "whs", "cascades", "upside_down", "refused", "undone", "aligned_refused", "aligned_undone", "benign_refused", "benign_undone"), .5 + shift)
+    return values | dict(pairs_won=pairs, families_won={"case": .5}, examples=[dict(kind="conflict", pair=[0, 1], chosen="A.", reply="B.")])
+
+
+def test_a_record_waits_for_every_cell_and_judges_by_the_interval(bench, monkeypatch):
+    todo, kept = bench.configs([0, 1, 2]), {}
+    assert len({bench.cell_path(c) for c in todo}) == len(todo) == 27
+    monkeypatch.setattr(bench, "save_result", lambda name, values, **more: kept.update(values=values, **more))
+    monkeypatch.setattr(bench, "save_claims", lambda page, rows: kept.update(rows=rows))
+    for c in todo[:-1]:
+        shift = .2 * (c["arm"] == "bilateral") + .01 * c["seed"]
+        bench.cell_path(c).write_text(json.dumps(dict(config=c, values=pretended(shift), seconds=1.)))
+    with pytest.raises(Refusal, match="1 cells are missing"): bench.record(todo)
+    bench.cell_path(todo[-1]).write_text(json.dumps(dict(config=todo[-1], values=pretended(.02), seconds=1.)))
+    bench.record(todo)
+    assert claim_problems(kept["rows"]) == [] and kept["seconds"] == 27
+    verdicts = {r["claim"].split(" (")[0]: r["verdict"] for r in kept["rows"]}
+    assert verdicts["bilateral has a higher macro PPA than DPO"] == "held"
+    assert verdicts["calibration rows lower over-refusal, phrase list"] == "did not hold"       # bilateral refuses more than without calibration here
+    assert verdicts["DPO raises macro PPA over supervised training"] == "too small to tell"     # equal cells: the interval is 0 to 0
+
+
+def test_an_arm_waits_for_its_supervised_model(bench):
+    arm = next(c for c in bench.configs([0]) if c["arm"] == "linear")
+    with pytest.raises(Refusal, match="SFT cell"): bench.run_cell(arm)
