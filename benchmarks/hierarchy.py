@@ -56,6 +56,9 @@ def configs(seeds):
 def folder_of(config): return CELLS / f"sft_{key(sft_config(config['seed'], config['segments']))}"
 
 
+def here(): return dict(use_cpu=not torch.cuda.is_available())
+
+
 def new_lora():
     from peft import LoraConfig
     return LoraConfig(**LORA)
@@ -78,7 +81,7 @@ def supervised(config):
     rows = hierarchy_rows([(conflict if n % 4 == 3 else agreed)(rng.choice(PAIRS), rng) for n in range(SFT["rows"])], tokenizer)
     rows = [Row(r.prompt_ids, r.chosen_ids, r.rejected_ids[-1:], r.id) for r in rows]   # the loss reads the chosen reply only
     args = DPOConfig(str(CELLS / "trainer"), loss_type="sft", learning_rate=SFT["learning_rate"], warmup_steps=SFT["warmup"],
-                     per_device_train_batch_size=SFT["batch"], seed=config["seed"], **BASE)
+                     per_device_train_batch_size=SFT["batch"], seed=config["seed"], **here(), **BASE)
     trainer = quiet_trainer(policy, args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     save_hierarchy(policy, tokenizer, folder_of(config))
@@ -92,7 +95,7 @@ def preferred(config):
     d = config["dpo"]
     items = make_items("train", config["seed"], per_pair=d["per_pair"], benign=d["benign"] * config["calibration"], cascades=d["cascades"])
     logs = train_hierarchy(policy, tokenizer, items, schedule=config["schedule"], gaps=tuple(d["gaps"]), out=CELLS / "trainer", seed=config["seed"],
-                           learning_rate=d["learning_rate"], beta=d["beta"], per_device_train_batch_size=d["batch"], **BASE)
+                           learning_rate=d["learning_rate"], beta=d["beta"], per_device_train_batch_size=d["batch"], **here(), **BASE)
     first, last = ([[h for h in log if "loss" in h][n] for log in logs] for n in (0, -1))
     return dict(judged(policy, tokenizer, config), pairs=len(items), first_loss=[h["loss"] for h in first], margin=[h["rewards/margins"] for h in last])
 

@@ -464,12 +464,16 @@ class _OnlyRows:
         kept[self.ids] = grad[self.ids]
         return kept
 
-def train_rows(model, ids:list[int])->None:
+def train_rows(
+    model,
+    ids:list[int]|None, # rows that learn; None: all
+)->None:
     "Let these rows of embedding and head learn, and no other."
     for table in tables_of(model).values():
         table.requires_grad_(True)
-        hooks = (table._backward_hooks or {}).values()
-        if not any(isinstance(h, _OnlyRows) for h in hooks): table.register_hook(_OnlyRows(ids))
+        hooks = table._backward_hooks or {}
+        for key in [k for k, h in hooks.items() if isinstance(h, _OnlyRows)]: del hooks[key]
+        if ids is not None: table.register_hook(_OnlyRows(ids))
 
 # %% ../nbs/21_hierarchy.ipynb #19f8815c
 class SegmentEmbedding(nn.Module):
@@ -529,7 +533,9 @@ def hierarchy_policy(
 ):                   # the model that learns
     "Adapter, rows and segments trainable, all else frozen."
     ids = delimiter_ids(tokenizer)
-    if lora is None: return model.requires_grad_(True)
+    if lora is None:
+        train_rows(model, None)
+        return model.requires_grad_(True)
     from peft import get_peft_model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -126,7 +126,7 @@ def test_published_deltas(n):
 
 
 @pytest.mark.parametrize("delta,schedule,loss", [(-2, "linear", 1.171101), (-2, "bilateral", 2.126928), (5, "linear", .744397), (5, "bilateral", 1.541008)])
-def test_published_losses(delta, schedule, loss):
+def test_known_losses(delta, schedule, loss):
     z = torch.zeros(1, dtype=torch.float64)
     assert dpo_loss(z + delta, z, z, z, gravity(1, 3, schedule), .1)[0].item() == pytest.approx(loss, abs=1e-6)
 
@@ -293,6 +293,14 @@ def test_only_the_rows_of_the_marks_learn(make, tmp_path):
             assert changed and set(changed) <= set(delimiter_ids(tokenizer)), n
         else: assert torch.equal(p, before[n]) != p.requires_grad, n
     assert segments_of(policy).weight.requires_grad
+
+
+def test_every_row_learns_again_without_an_adapter(tmp_path):
+    policy, tokenizer = tied()
+    model = hierarchy_policy(policy.merge_and_unload(), tokenizer)
+    before = tables_of(model)["input"].detach().clone()
+    train(model, tokenizer, tmp_path)
+    assert (tables_of(model)["input"] != before).any(-1).sum() > 100
 
 
 def test_every_reference_mode_gives_the_same_weights(tmp_path):
