@@ -333,12 +333,24 @@ def test_a_run_goes_on_to_the_bit_with_rows_and_segments(tmp_path):
 
 def test_the_best_state_comes_back(tmp_path):
     policy, tokenizer = policy_of()
-    keep, seen, rows = KeepBest(tokenizer), [], hierarchy_rows(ITEMS, tokenizer)
-    wild = dict(learning_rate=.3, eval_strategy="steps", eval_steps=1, max_steps=3)
-    trainer = train(policy, tokenizer, tmp_path, rows, evals=rows[:6], callbacks=[keep], **wild)
+    keep, rows = KeepBest(tokenizer), hierarchy_rows(ITEMS, tokenizer)
+    trainer = train(policy, tokenizer, tmp_path, rows, evals=rows[:6], callbacks=[keep], eval_strategy="steps", eval_steps=1, max_steps=3)
     seen = [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
-    assert keep.loss == min(seen) < seen[-1], "the test wants a run that gets worse"
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(seen), rel=1e-6)
+    assert len(seen) == 3 and keep.loss == min(seen) == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_a_worse_state_is_not_kept():
+    policy, tokenizer = policy_of()
+    keep, start = KeepBest(tokenizer), learned(policy).clone()
+    keep.on_train_end(None, None, None, model=policy)       # never evaluated: nothing to bring back
+    for loss, shift in ((2., 0.), (1., 1.), (3., 1.)):
+        with torch.no_grad():
+            for p in keep.own(policy).values(): p.add_(shift)
+            for table in tables_of(policy).values(): table[delimiter_ids(tokenizer)] += shift
+        keep.on_evaluate(None, None, None, metrics={"eval_loss": loss}, model=policy)
+    keep.on_train_end(None, None, None, model=policy)
+    gap = (learned(policy) - start).round(decimals=9)
+    assert set(gap.tolist()) == {0., 1.}, "one shift, not two, and only where something learns"
 
 
 @pytest.mark.parametrize("gap,n", [(3, 3), (2, 6), (1, 10)])
