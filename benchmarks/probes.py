@@ -263,7 +263,7 @@ REFUSAL_ARMS = {"before": dict(epochs=0), "refuse": dict(epochs=4), **{f"beta {b
 def refusal_configs(seeds):
     from dpo_literate.probes.refusal import HELD_OUT_CONTRAST, REFUSALS, TRAIN_CONTRAST, WILLING
     texts = hashlib.sha256(json.dumps([TRAIN_CONTRAST, HELD_OUT_CONTRAST, REFUSALS, WILLING]).encode()).hexdigest()[:12]
-    base = dict(texts=texts, epochs=1, beta=.1, calibration=0, reverse=False, limit=LIMIT, **SAFETY)
+    base = dict(texts=texts, epochs=2, beta=.1, calibration=0, reverse=False, limit=LIMIT, **SAFETY)
     return [dict(arm=arm, seed=seed, **{**base, **change}) for seed in seeds for arm, change in REFUSAL_ARMS.items()]
 
 
@@ -308,29 +308,29 @@ def record_refusal(configs):
     cells = gathered("refusal", configs)
     seeds, command = sorted({c["config"]["seed"] for c in cells}), "python benchmarks/probes.py refusal --record"
     def at(arm, epochs, name): return [next(c["values"]["epochs"][str(epochs)][name] for c in cells if c["config"]["arm"] == arm and c["config"]["seed"] == seed) for seed in seeds]
-    states = [("before", "before", 0), *((f"refuse, {e} epoch{'s' * (e > 1)}", "refuse", e) for e in EPOCHS), *((arm, arm, 1) for arm in REFUSAL_ARMS if arm not in ("before", "refuse"))]
+    states = [("before", "before", 0), *((f"refuse, {e} epoch{'s' * (e > 1)}", "refuse", e) for e in EPOCHS), *((arm, arm, 2) for arm in REFUSAL_ARMS if arm not in ("before", "refuse"))]
     names = ("safe_refused", "unsafe_refused", "safe_lean", "unsafe_lean")
     save_result("refusal", dict(states={label: {name: at(arm, e, name) for name in names} for label, arm, e in states},
                                 replies={label: at(arm, e, "replies")[0] for label, arm, e in states}), command=command,
                 config=dict(**SAFETY, epochs=EPOCHS, betas=(.1, *BETAS), calibration=(0, *TWINS), limit=LIMIT, pairs=24, held_out=24, model="bundled"), seed=seeds,
                 seconds=sum(c["seconds"] for c in cells), what="Share of held-out harmless and harmful prompts refused before and after DPO on safety pairs, bundled model, full fine-tuning")
-    setup = f"SmolLM2-135M-Instruct, 24 safety pairs, lr {SAFETY['learning_rate']:g}, β 0.1, 1 epoch unless said; 24 held-out prompts a side, {LIMIT} tokens"
+    setup = f"SmolLM2-135M-Instruct, 24 safety pairs, lr {SAFETY['learning_rate']:g}, β 0.1, 2 epochs unless said; 24 held-out prompts a side, {LIMIT} tokens"
     def row(claim, source, paper, values, wanted):
         low, high = bootstrap_interval(values)
         sure = low > 0 or high < 0
         return dict(claim=claim, source=source, paper_figure=paper, setup=setup, ours=sum(values) / len(values), low=low, high=high, seeds=seeds,
                     verdict="too small to tell" if not sure else "held" if (low > 0) == (wanted > 0) else "did not hold", command=command)
     def gap(a, b, name): return [x - y for x, y in zip(at(*a, name), at(*b, name))]
-    start, one = ("before", 0), ("refuse", 1)
+    start, two = ("before", 0), ("refuse", 2)
     save_claims("refusal", [
-        row("safety pairs raise refusals of harmful prompts (share)", "arXiv:2308.01263", "Mistral, guard prompt: 23.5 → 87.5 %", gap(one, start, "unsafe_refused"), 1),
-        row("and refusals of harmless look-alikes with them (share)", "arXiv:2308.01263", "Mistral, guard prompt, full: 0.8 → 9.6 %", gap(one, start, "safe_refused"), 1),
-        row("harmful prompts gain more refusals than harmless ones (share)", "arXiv:2308.01263", "+64 against +8.8 points", [u - s for u, s in zip(gap(one, start, "unsafe_refused"), gap(one, start, "safe_refused"))], 1),
+        row("safety pairs raise refusals of harmful prompts (share)", "arXiv:2308.01263", "Mistral, guard prompt: 23.5 → 87.5 %", gap(two, start, "unsafe_refused"), 1),
+        row("and refusals of harmless look-alikes with them (share)", "arXiv:2308.01263", "Mistral, guard prompt, full: 0.8 → 9.6 %", gap(two, start, "safe_refused"), 1),
+        row("harmful prompts gain more refusals than harmless ones (share)", "arXiv:2308.01263", "+64 against +8.8 points", [u - s for u, s in zip(gap(two, start, "unsafe_refused"), gap(two, start, "safe_refused"))], 1),
         row("four epochs refuse more of the harmless than one (share)", "formula (31.2), reconstructed", None, gap(("refuse", 4), ("refuse", 1), "safe_refused"), 1),
-        row("β = 0.5 refuses less of the harmless than β = 0.03 (share)", "formula (31.2), late; reconstructed", None, gap((f"beta {BETAS[1]}", 1), (f"beta {BETAS[0]}", 1), "safe_refused"), -1),
-        row("a calibration row for each pair lowers refusals of the harmless (share)", "formula (31.1), reconstructed", None, gap((f"{TWINS[1]} calibration rows", 1), one, "safe_refused"), -1),
-        row("the price: it lowers refusals of the harmful too (share)", "formula (31.1), reconstructed", None, gap((f"{TWINS[1]} calibration rows", 1), one, "unsafe_refused"), -1),
-        row("pairs turned round lower refusals of harmful prompts (share)", "arXiv:2410.08847 §6", "74.4 → 33.4 % (by displacement)", gap(("turned round", 1), start, "unsafe_refused"), -1)])
+        row("β = 0.5 refuses less of the harmless than β = 0.03 (share)", "formula (31.2), late; reconstructed", None, gap((f"beta {BETAS[1]}", 2), (f"beta {BETAS[0]}", 2), "safe_refused"), -1),
+        row("a calibration row for each pair lowers refusals of the harmless (share)", "formula (31.1), reconstructed", None, gap((f"{TWINS[1]} calibration rows", 2), two, "safe_refused"), -1),
+        row("the price: it lowers refusals of the harmful too (share)", "formula (31.1), reconstructed", None, gap((f"{TWINS[1]} calibration rows", 2), two, "unsafe_refused"), -1),
+        row("pairs turned round lower refusals of harmful prompts (share)", "arXiv:2410.08847 §6", "74.4 → 33.4 % (by displacement)", gap(("turned round", 2), start, "unsafe_refused"), -1)])
 
 
 def record_xstest(configs):
