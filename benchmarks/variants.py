@@ -3,19 +3,24 @@
     python benchmarks/variants.py world [--condition clean ...]   every loss under every judge: nbs/results/variants_world_*.json (under 10 min)
     python benchmarks/variants.py imbalance                       KTO with a tenth of its good replies: variants_imbalance.json
     python benchmarks/variants.py claims                          judge the claims from those: claims_20c_one_world.json
-    python benchmarks/variants.py scan --pairs FILE [...]         loss x beta x seed on a language model: one line of JSON a run, resumable
-    python benchmarks/variants.py record --runs FILE              the lines of a scan as variants_scan.json
+    python benchmarks/variants.py scan [--minutes 8] [...]        seven losses x three beta x three seeds on the bundled model, resumable
+    python benchmarks/variants.py scan --record                   gather them into variants_scan.json
+
+The scan trains on the demo's pairs: replies of the bundled model, ranked by VADER. They are read from runs/demo where the demo was run
+and sampled anew where it was not. Another file of pairs: --pairs FILE. A finished run is kept under runs/variants/ and not run again.
 """
 import argparse
-import json
+import copy
+import gc
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from dpo_literate.results import Refusal, bootstrap_interval, data_dir, save_claims, save_result
+from dpo_literate.results import Refusal, bootstrap_interval, repo_dir, results_dir, save_claims, save_result
 
 SCAN = {"sigmoid": (.05, .1, .3), "ipo_sum": (.01, .05, .1), "ipo": (.1, .3, 1.), "kto_pair": (.05, .1, .3), "simpo": (2., 5., 10.), "orpo": (.1, .5, 1.), "robust": (.05, .1, .3)}
 
@@ -94,79 +99,160 @@ def claims(args):
     rows.append(dict(claim="KTO with a tenth of the good replies is no worse than DPO on all pairs", source="arXiv:2402.01306", paper_figure="up to 90 % fewer desirable replies without loss",
                      setup="ten enumerable worlds, judge 'clean', desirable weight 10: regret minus DPO's", ours=round(mean, 3), low=round(low, 3), high=round(high, 3),
                      seeds=len(TEST), verdict="held" if high <= 0 else "did not hold" if low > 0 else "too small to tell", command="python benchmarks/variants.py imbalance"))
+    rows += scan_claims() if (results_dir() / "variants_scan.json").is_file() else []
     print(save_claims("20c_one_world", rows))
     for r in rows: print(f"{r['verdict']:18s} {r['ours']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]  {r['claim']}")
 
 
+SCAN_CLAIMS = [  # claim, source, paper's figure, loss and beta, other loss and beta, key, wanted sign
+    ("DPO ends further from the reference when beta is smaller", "arXiv:2305.18290", "theory: beta is the price of a nat", ("sigmoid", "low"), ("sigmoid", "high"), "kls", 1),
+    ("DPO earns more reward when beta is smaller", "Preference Tuning LLMs with DPO methods", "Zephyr: best at the smallest beta; OpenHermes: at 0.6", ("sigmoid", "low"), ("sigmoid", "high"), "rewards", 1),
+    ("KTO on pairs earns more than DPO, each at its best beta", "Preference Tuning LLMs with DPO methods", "Zephyr: all but one setting; OpenHermes: DPO above KTO", ("kto_pair", "best"), ("sigmoid", "best"), "rewards", 1),
+    ("DPO earns more than IPO, each at its best beta", "Preference Tuning LLMs with DPO methods", "OpenHermes: DPO above KTO above IPO", ("sigmoid", "best"), ("ipo", "best"), "rewards", 1),
+    ("IPO averaged over tokens earns more than IPO summed, each at its best beta", "Preference Tuning LLMs with DPO methods", "erratum of the post: averaged, not summed", ("ipo", "best"), ("ipo_sum", "best"), "rewards", 1),
+    ("SimPO earns more than DPO, each at its best beta", "arXiv:2405.14734", "Mistral-Base AlpacaEval 2 LC 21.4 against DPO's 15.1", ("simpo", "best"), ("sigmoid", "best"), "rewards", 1),
+    ("ORPO, without a reference, earns more than DPO, each at its best beta", "arXiv:2403.07691", "Mistral-Base AlpacaEval 2 LC 14.7 against DPO's 15.1", ("orpo", "best"), ("sigmoid", "best"), "rewards", 1),
+    ("ORPO keeps the chosen replies from falling as they do under DPO", "arXiv:2403.07691", "figure not read", ("orpo", "low"), ("sigmoid", "low"), "chosen_drift", 1),
+    ("robust DPO, told of 10 % of flips that are not there, earns less than DPO", "arXiv:2403.00409", "theory: unbiased under flips, more variance", ("robust", "best"), ("sigmoid", "best"), "rewards", -1)]
+
+
+def chosen_beta(runs, loss, which):
+    "A run of the scan: at the lowest or highest beta, or at the one that earns most on every second prompt."
+    mine = sorted((r for r in runs if r["loss"] == loss), key=lambda r: r["beta"])
+    return {"low": mine[0], "high": mine[-1], "best": max(mine, key=lambda r: mean(r["rewards"][::2]))}[which]
+
+
+UNITS = dict(rewards="reward (VADER, -1 to 1)", kls="KL (nat a reply)", chosen_drift="drift of the chosen replies (nat)")
+
+
+def scan_claim(runs, one, other, key, wanted):
+    "Difference, interval over prompts (of a drift: over seeds) and verdict: a best beta is chosen on every second prompt and judged on the others, and the seeds must agree."
+    a, b, best = chosen_beta(runs, *one), chosen_beta(runs, *other), "best" in (one[1], other[1])
+    judged = slice(1, None, 2) if best else slice(None)
+    gap = difference(a[key][judged], b[key][judged])
+    part = dict(rewards="judged" if best else "reward", kls="kl").get(key, key)
+    agree = len({x > y for x, y in zip(a[part], b[part])}) == 1
+    return *gap, verdict(*gap[1:], wanted) if agree else "too small to tell", f"beta {a['beta']} against {b['beta']}"
+
+
+def scan_claims():
+    "The claims that the scan can answer."
+    from dpo_literate.results import load_result
+    record, rows = load_result("variants_scan", quiet=True), []
+    for claim, source, figure, one, other, key, wanted in SCAN_CLAIMS:
+        ours, low, high, said, betas = scan_claim(record["runs"], one, other, key, wanted)
+        rows.append(dict(claim=claim, source=source, paper_figure=figure, setup=f"bundled model, controlled sentiment: {UNITS[key]} of {one[0]} minus {other[0]}, {betas}", ours=round(ours, 3), low=round(low, 3),
+                         high=round(high, 3), seeds=len(record["_provenance"]["seed"]), verdict=said, command="python benchmarks/variants.py scan"))
+    return rows
+
+
 # ------------------------------------------------------------ a real model
 
-def read_pairs(path, n):
-    "Pairs of a file, or of the politeness set in the data folder."
-    from dpo_literate.preferences import load_preferences
-    if path: return list(load_preferences(path))[:n]
-    if data_dir() is None: raise Refusal("no --pairs, and no data folder: set DPO_LITERATE_DATA")
-    rows = [json.loads(line) for line in (data_dir() / "polite_pairs" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-    def chat(role, text): return [{"role": role, "content": text}]
-    pairs = [dict(prompt=chat("user", "\n".join(filter(None, (r["instruction"], r["input"])))), chosen=chat("assistant", r["chosen"]), rejected=chat("assistant", r["rejected"]))
-             for r in rows if r["chosen"] != r["rejected"]]
-    return pairs[:n]
+def told(args):
+    "Everything a run of the scan depends on besides loss, beta and seed."
+    return {k: getattr(args, k) for k in ("model", "pairs", "steps", "batch", "lr", "held", "prompts", "limit", "reward", "label_smoothing")}
 
 
-def one_run(args, loss, beta, seed, train_set, held):
-    "Train a fresh adapter with one loss, then score held-out pairs."
-    import tempfile
-
-    import peft
-    from dpo_literate.models import load_model, load_tokenizer
-    from dpo_literate.trainer import DPOConfig, DPOTrainer
-    torch.manual_seed(seed)
-    model, tokenizer, start = load_model(args.model), load_tokenizer(args.model), time.time()
-    lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(folder, loss_type=loss, beta=beta, label_smoothing=args.label_smoothing if loss == "robust" else 0., learning_rate=args.lr, seed=seed,
-                           per_device_train_batch_size=args.batch, per_device_eval_batch_size=args.batch, max_steps=args.steps, lr_scheduler_type="linear", warmup_steps=args.steps // 10,
-                           logging_steps=max(1, args.steps // 10), save_strategy="no", report_to="none", disable_tqdm=True, max_length=512, truncation_mode="keep_start")
-        trainer = DPOTrainer(model, args=config, train_dataset=train_set, eval_dataset=held, processing_class=tokenizer, peft_config=lora)
-        before = trainer.evaluate()
-        trainer.train()
-        found = trainer.evaluate()
-    out = dict(loss=loss, beta=beta, seed=seed, steps=args.steps, seconds=round(time.time() - start, 1), accuracy=found["eval_rewards/accuracies"], eval_loss=found["eval_loss"],
-               **{f"{side}_drift": found[f"eval_logps/{side}"] - before[f"eval_logps/{side}"] for side in ("chosen", "rejected")})
-    return out | (generated(args, trainer.model, tokenizer, seed) if args.prompts else {})
-
-
-def generated(args, policy, tokenizer, seed):
-    "Reward of fresh replies and their distance from the reference, by the tools of page 11."
-    from dpo_literate.align import ask, kl_per_reply, load_reward, sample, score, split_prompts
+def prepare(args):
+    "One base model for all runs: in float32 to train from, in bfloat16 to draw from and to measure distance to; pairs and prompts."
+    from dpo_literate.align import AlignConfig, begin, make_rows, policy_at, replies_of
     from dpo_literate.models import load_model
-    prompts, ref = split_prompts()[1][:args.prompts], load_model(args.model).eval()
-    policy.eval()
-    replies = sample(policy, tokenizer, prompts, per_prompt=2, limit=args.limit, seed=seed)
-    rewards = score(load_reward(args.reward)[0], prompts, replies)
-    asked, said = [ask(p, tokenizer) for p in prompts for _ in range(2)], [r["ids"] for rs in replies for r in rs]
-    kl = torch.cat([kl_per_reply(policy, ref, asked[k:k + 8], said[k:k + 8], .7)[0] for k in range(0, len(asked), 8)])
-    return dict(reward=float(torch.tensor(rewards).double().mean()), kl=kl.double().mean().item(), length=sum(map(len, said)) / len(said))
+    from dpo_literate.runs import Stages
+    run = begin(AlignConfig(model=args.model, pairs=args.pairs, reward=args.reward, out=args.demo))
+    run.stages, ref = Stages(Path(args.demo) / "work"), policy_at(run)
+    before = None if args.pairs else replies_of(run, ref, run.model_hash, "before", run.held, run.config.per_prompt)
+    rows, held = make_rows(run, ref, before)
+    return SimpleNamespace(run=run, base=load_model(args.model), ref=ref, rows=rows, held=held[:args.held], prompts=run.held[:args.prompts], layout=None)
+
+
+def answers(at, policy, args, seed):
+    "One reply to each held-out prompt: its reward, its distance from the reference (nat), its length."
+    from dpo_literate.align import ask, kl_per_reply, sample, score
+    said = sample(policy, at.run.tokenizer, at.prompts, per_prompt=1, limit=args.limit, seed=seed)
+    asked, ids = [ask(p, at.run.tokenizer) for p in at.prompts], [r["ids"] for rs in said for r in rs]
+    kl = torch.cat([kl_per_reply(policy, at.ref, asked[k:k + 8], ids[k:k + 8], .7)[0] for k in range(0, len(ids), 8)])
+    return dict(rewards=rounded([r for rs in score(at.run.reward, at.prompts, said) for r in rs]), kls=rounded(kl.double().tolist()), length=sum(map(len, ids)) / len(ids))
+
+
+def known(at, args):
+    "How probable the base model finds the held-out replies: mean of the chosen and of the rejected (nat)."
+    from dpo_literate.models import read_reference
+    from dpo_literate.packing import pack_rows
+    with torch.autocast("cpu", torch.bfloat16): table = read_reference(at.base, [b for k in range(0, len(at.held), args.batch) for b in pack_rows(at.held[k:k + args.batch])])
+    return torch.tensor(list(table.values())).mean(0).tolist()
+
+
+def fit(at, args, loss, beta, seed):
+    "A fresh adapter trained with one loss; runs of a seed share folder, adapter and pairs, so the reference is read for the first of them only."
+    import peft
+    from dpo_literate.trainer import DPOConfig, DPOTrainer, epoch_order
+    from transformers import PrinterCallback
+    rows = [at.rows[i] for i in epoch_order(len(at.rows), seed, 0)[:args.steps * args.batch]]
+    config = DPOConfig(str(repo_dir() / "runs" / "variants" / f"seed{seed}"), loss_type=loss, beta=beta, label_smoothing=args.label_smoothing if loss == "robust" else 0.,
+                       learning_rate=args.lr, seed=seed, per_device_train_batch_size=args.batch, per_device_eval_batch_size=args.batch, max_steps=args.steps, bf16=True, use_cpu=True,
+                       lr_scheduler_type="cosine", warmup_steps=max(1, args.steps // 10), logging_steps=args.steps, save_strategy="no", report_to=[], disable_tqdm=True, max_length=None)
+    lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = DPOTrainer(copy.deepcopy(at.base), args=config, train_dataset=rows, eval_dataset=at.held, processing_class=at.run.tokenizer, peft_config=lora)
+    trainer.remove_callback(PrinterCallback)
+    trainer.layout = at.layout      # asked once: every run has the same model and the same kind of rows
+    trainer.train()
+    at.layout = trainer.layout
+    return trainer
+
+
+def one_run(at, args, before, loss, beta, seed):
+    "Train with one loss; held-out accuracy and drift, and what the policy says."
+    start, trainer = time.process_time(), fit(at, args, loss, beta, seed)
+    found = trainer.evaluate()
+    policy = trainer.model.merge_and_unload().to(torch.bfloat16).eval()
+    drift = {f"{side}_drift": found[f"eval_logps/{side}"] - x for side, x in zip(("chosen", "rejected"), before)}
+    del trainer; gc.collect()       # a trainer and its model hold each other
+    return dict(accuracy=found["eval_rewards/accuracies"], **drift, **answers(at, policy, args, seed), seconds=round(time.process_time() - start, 1))  # of the processor: what a quiet core would take
 
 
 def scan(args):
-    pairs = read_pairs(args.pairs, args.n + args.held)
-    held, train_set, runs = pairs[:args.held], pairs[args.held:], Path(args.runs)
-    done = [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
-    have = {(r["loss"], r["beta"], r["seed"]) for r in done}
-    grid = [(loss, beta, seed) for loss in args.losses for beta in (args.betas or SCAN.get(loss, (.1,))) for seed in range(args.seeds)]
-    for key in grid:
-        if key in have: continue
-        row = one_run(args, *key, train_set, held)
-        with runs.open("a") as f: f.write(json.dumps(row) + "\n")
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    from dpo_literate.runs import Stages
+    from transformers.utils import logging
+    logging.set_verbosity_error(); logging.disable_progress_bar()
+    stages, start, at, left = Stages(repo_dir() / "runs" / "variants"), time.time(), None, 0
+    def late(): raise TimeoutError
+    def ready():
+        nonlocal at
+        at = at or prepare(args)
+        return at
+    def made(name, key, make):
+        "A part of the scan, from disk or made now; TimeoutError where there is no time left."
+        return stages.do(name, told(args) | key, late if args.record or time.time() - start > 60 * args.minutes else make)
+    seeds = range(args.seeds)
+    cells = [(loss, beta, seed) for seed in seeds for loss in args.losses for beta in args.betas or SCAN[loss]]
+    found, begun = {}, {}
+    try: before = made("known", {}, lambda: known(ready(), args))
+    except TimeoutError: raise Refusal("nothing of this scan is there: run it without --record") from None
+    for seed in seeds:
+        try: begun[seed] = made("start", dict(seed=seed), lambda: answers(ready(), ready().ref, args, seed))
+        except TimeoutError: left += 1
+    for loss, beta, seed in cells:
+        try: row = found[loss, beta, seed] = made("run", dict(loss=loss, beta=beta, seed=seed), lambda: one_run(ready(), args, before, loss, beta, seed))
+        except TimeoutError: left += 1; continue
+        if not args.record: print(f"seed {seed}  {loss:9s} beta {beta:<5}  reward {mean(row['rewards']):.3f}  KL {mean(row['kls']):6.2f}  accuracy {row['accuracy']:.2f}  {row['seconds']:.0f} s", flush=True)
+    if not args.record: print(f"{len(found)} of {len(cells)} runs are there"); return
+    if left: raise Refusal(f"{left} parts of the scan are missing: run it without --record")
+    record(args, found, begun)
 
 
-def record(args):
-    if not Path(args.runs).is_file(): raise Refusal(f"no file {args.runs}: run the scan first")
-    runs = [json.loads(line) for line in Path(args.runs).read_text().splitlines()]
-    command = "python benchmarks/variants.py scan " + args.said
-    print(save_result("variants_scan", {"runs": runs}, command=command, config=dict(said=args.said, losses=sorted({r["loss"] for r in runs}), steps=runs[0]["steps"]),
-                      seed=sorted({r["seed"] for r in runs}), seconds=sum(r["seconds"] for r in runs), what="held-out accuracy, drift, and where asked reward and KL of each loss, beta and seed on a language model"))
+def mean(values): return sum(values) / len(values)
+
+
+def record(args, found, begun):
+    "The scan as one file: means of each run, and rewards and distances of each prompt over the seeds."
+    seeds = list(begun)
+    over = lambda rows, key: rounded(torch.tensor([r[key] for r in rows], dtype=torch.float64).mean(0).tolist())
+    groups = {(loss, beta): [found[loss, beta, s] for s in seeds] for loss, beta, s in found if s == seeds[0]}
+    runs = [dict(loss=loss, beta=beta, rewards=over(rows, "rewards"), kls=over(rows, "kls"), **{k: rounded([r[k] for r in rows]) for k in ("accuracy", "chosen_drift", "rejected_drift", "length")},
+                 reward=rounded([mean(r["rewards"]) for r in rows]), judged=rounded([mean(r["rewards"][1::2]) for r in rows]), kl=rounded([mean(r["kls"]) for r in rows])) for (loss, beta), rows in groups.items()]
+    before = dict(rewards=over(list(begun.values()), "rewards"), reward=rounded([mean(b["rewards"]) for b in begun.values()]))
+    print(save_result("variants_scan", dict(before=before, runs=runs), command="python benchmarks/variants.py scan", config=told(args) | {"losses": args.losses}, seed=seeds,
+                      seconds=sum(r["seconds"] for r in found.values()), what="held-out reward and KL (one reply a prompt), accuracy and drift of each loss, beta and seed: controlled sentiment on the bundled model"))
 
 
 def main(argv=None):
@@ -176,13 +262,12 @@ def main(argv=None):
     commands.add_parser("imbalance").set_defaults(run=imbalance)
     commands.add_parser("claims").set_defaults(run=claims)
     s = commands.add_parser("scan"); s.set_defaults(run=scan)
-    s.add_argument("--pairs", help="a file of pairs; without it the politeness set of the data folder")
+    s.add_argument("--pairs", help="a file of pairs; without it those of the demo"); s.add_argument("--demo", default="runs/demo", help="folder of the demo")
     s.add_argument("--model", default="bundled"); s.add_argument("--losses", nargs="*", default=list(SCAN)); s.add_argument("--betas", nargs="*", type=float)
-    s.add_argument("--seeds", type=int, default=3); s.add_argument("--steps", type=int, default=60); s.add_argument("--batch", type=int, default=8); s.add_argument("--lr", type=float, default=1e-4)
-    s.add_argument("--n", type=int, default=400, help="training pairs"); s.add_argument("--held", type=int, default=64, help="held-out pairs")
-    s.add_argument("--prompts", type=int, default=0, help="sample this many held-out prompts for reward and KL"); s.add_argument("--limit", type=int, default=40)
-    s.add_argument("--reward", default="vader"); s.add_argument("--label-smoothing", type=float, default=.1, help="of robust"); s.add_argument("--runs", default="variants_scan.jsonl")
-    r = commands.add_parser("record"); r.add_argument("--runs", default="variants_scan.jsonl"); r.add_argument("--said", default="", help="the options the scan was given"); r.set_defaults(run=record)
+    s.add_argument("--seeds", type=int, default=3); s.add_argument("--steps", type=int, default=16); s.add_argument("--batch", type=int, default=8); s.add_argument("--lr", type=float, default=4e-4)
+    s.add_argument("--held", type=int, default=24, help="held-out pairs, for accuracy and drift"); s.add_argument("--prompts", type=int, default=40, help="held-out prompts, one reply each")
+    s.add_argument("--limit", type=int, default=24, help="most tokens of such a reply"); s.add_argument("--reward", default="vader"); s.add_argument("--label-smoothing", type=float, default=.1, help="of robust")
+    s.add_argument("--minutes", type=float, default=1e9, help="begin no further run after these"); s.add_argument("--record", action="store_true")
     args = parser.parse_args(argv)
     try: args.run(args)
     except Refusal as no: sys.exit(str(no))

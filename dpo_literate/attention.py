@@ -43,7 +43,8 @@ def pair_spans(
     rows:list,  # pairs of one packed row, in order
 )->Tensor:      # their lengths: prompt, chosen, rejected, (1,1,B,3)
     "What `pair_attention` takes in place of a mask."
-    return torch.tensor([[len(r.prompt_ids), len(r.chosen_ids), len(r.rejected_ids)] for r in rows])[None, None]
+    lengths = [[len(r.prompt_ids), len(r.chosen_ids), len(r.rejected_ids)] for r in rows]
+    return torch.tensor(lengths)[None, None]
 
 # %% ../nbs/07a_attention.ipynb #1e80df3a
 def only_plain(
@@ -51,11 +52,13 @@ def only_plain(
     **asked,     # what the layer wants besides
 )->None:
     "Refuse attention that two dense calls do not give."
-    if asked.get("softcap"): raise Refusal("the model soft-caps its attention scores")
-    if asked.get("position_bias") is not None: raise Refusal("the model's attention has position biases")
-    if asked.get("s_aux") is not None: raise Refusal("the model's attention has sinks")
     window = asked.get("sliding_window")
-    if window and longest > window: raise Refusal(f"a text of {longest} tokens is longer than the model's window of {window}")
+    if asked.get("softcap"): raise Refusal("the model soft-caps its attention scores")
+    if asked.get("position_bias") is not None:
+        raise Refusal("the model's attention has position biases")
+    if asked.get("s_aux") is not None: raise Refusal("the model's attention has sinks")
+    if window and longest > window:
+        raise Refusal(f"a text of {longest} tokens is longer than the model's window of {window}")
 
 # %% ../nbs/07a_attention.ipynb #4e295d1c
 def pair_attention(

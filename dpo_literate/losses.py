@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'DERIVED', 'DIVERGENCE', 'LOSSES', 'LATER', 'dpo_loss', 'implicit_reward', 'signature', 'capped_expm1',
-           'divergence_score', 'Loss', 'arguments_of', 'check_settings', 'register_loss', 'all_losses', 'get_loss',
-           'log_odds', 'ipo_sum_loss', 'preference_accuracy']
+           'divergence_score', 'LossRecord', 'Loss', 'arguments_of', 'check_settings', 'register_loss', 'all_losses',
+           'get_loss', 'log_odds', 'ipo_sum_loss', 'preference_accuracy']
 
 # %% ../nbs/04_losses.ipynb #f03c5d11
 import difflib, importlib, inspect, math
@@ -40,7 +40,8 @@ def dpo_loss(
     rejected_reward = implicit_reward(policy_rejected_logps, ref_rejected_logps, beta)
     margin = chosen_reward - rejected_reward - offset
     loss = -F.logsigmoid(margin)
-    if label_smoothing: loss = (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-margin)
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-margin)
     return loss, chosen_reward, rejected_reward
 
 # %% ../nbs/04_losses.ipynb #6f97766a
@@ -49,14 +50,15 @@ INPUTS = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "r
           "policy_logps", "ref_logps", "label", "kl", "reward_mean")
 
 # %% ../nbs/04_losses.ipynb #49d98a3d
-DERIVED:dict[str,tuple] = {}  # name -> the inputs it is made of, and how; φ is the identity until (4.5)
+DERIVED:dict[str,tuple] = {}  # name -> its inputs, and how; φ is the identity until (4.5)
 
 for _side in ("chosen", "rejected"):
     _policy, _ref, _n = f"policy_{_side}_logps", f"ref_{_side}_logps", f"{_side}_lengths"
     DERIVED |= {
         f"{_side}_logratio":      ((_policy, _ref), lambda φ, logp, ref: φ(logp - ref)),
         f"{_side}_mean_logps":    ((_policy, _n), lambda φ, logp, n: logp / n.clamp(min=1)),
-        f"{_side}_mean_logratio": ((_policy, _ref, _n), lambda φ, logp, ref, n: φ(logp - ref) / n.clamp(min=1))}
+        f"{_side}_mean_logratio": ((_policy, _ref, _n),
+                                   lambda φ, logp, ref, n: φ(logp - ref) / n.clamp(min=1))}
 DERIVED["logratio"] = ("policy_logps", "ref_logps"), lambda φ, logp, ref: φ(logp - ref)
 
 # %% ../nbs/04_losses.ipynb #52d41924
@@ -65,11 +67,12 @@ def signature(
 )->tuple[tuple[str,...],dict]: # tensors it wants, of `INPUTS`; settings with their defaults
     "Split a loss function's arguments into tensors and settings."
     arguments = inspect.signature(fn).parameters
-    parts = [DERIVED[name][0] if name in DERIVED else (name,) for name in arguments if name in INPUTS or name in DERIVED]
+    hyper = {n: p.default for n, p in arguments.items() if n not in INPUTS and n not in DERIVED}
+    parts = [DERIVED[n][0] if n in DERIVED else (n,) for n in arguments if n not in hyper]
     needs = tuple(dict.fromkeys(name for part in parts for name in part))
-    hyper = {name: p.default for name, p in arguments.items() if name not in INPUTS and name not in DERIVED}
-    missing = [name for name, default in hyper.items() if default is inspect.Parameter.empty]
-    if missing: raise TypeError(f"{fn.__name__}: {missing[0]} is neither an input of a loss nor a setting with a default")
+    missing = [n for n, default in hyper.items() if default is inspect.Parameter.empty]
+    if missing: raise TypeError(f"{fn.__name__}: {missing[0]} is neither an input of a loss "
+                                "nor a setting with a default")
     return needs, hyper
 
 # %% ../nbs/04_losses.ipynb #c02dbe31
@@ -80,23 +83,26 @@ def capped_expm1(
     "Exponential minus one that can be squared in float32 without overflow."
     return torch.expm1(t.clamp(max=cap)) + math.exp(cap) * F.relu(t - cap)
 
+DIVERGENCE = dict(f_divergence_type="reverse_kl", f_alpha_divergence_coef=.5)
+
 def divergence_score(
     logratio:Tensor,                   # u = log π_θ − log π_ref (nat)
     f_divergence_type:str="reverse_kl",
     f_alpha_divergence_coef:float=.5,  # α of alpha_divergence
 )->Tensor:                             # φ(u), same shape
     "What an f-divergence makes of a log-ratio (arXiv:2309.16240)."
-    alpha = dict(reverse_kl=1., forward_kl=0., alpha_divergence=f_alpha_divergence_coef).get(f_divergence_type)
-    if f_divergence_type == "js_divergence": return math.log(2) + F.logsigmoid(logratio)
-    if alpha is None: raise Refusal(f"f_divergence_type={f_divergence_type!r}: use reverse_kl, forward_kl, js_divergence or alpha_divergence")
-    return logratio if abs(alpha - 1) < 1e-6 else capped_expm1((alpha - 1) * logratio) / (alpha - 1)
-
-DIVERGENCE = dict(f_divergence_type="reverse_kl", f_alpha_divergence_coef=.5)
+    kind = f_divergence_type
+    if kind == "js_divergence": return math.log(2) + F.logsigmoid(logratio)
+    alphas = dict(reverse_kl=1., forward_kl=0., alpha_divergence=f_alpha_divergence_coef)
+    if kind not in alphas: raise Refusal(f"f_divergence_type={kind!r}: use reverse_kl, forward_kl, "
+                                         "js_divergence or alpha_divergence")
+    power = alphas[kind] - 1
+    return logratio if abs(power) < 1e-6 else capped_expm1(power * logratio) / power
 
 # %% ../nbs/04_losses.ipynb #5d40aa5e
 @dataclass(frozen=True)
-class Loss:
-    "A preference loss and what one needs to know of it."
+class LossRecord:
+    "What one needs to know of a preference loss."
     name:str                     # as in a configuration
     fn:Callable                  # tensors and settings -> loss and rewards
     formula:str                  # LaTeX
@@ -104,29 +110,37 @@ class Loss:
     title:str                    # for people
     needs:tuple[str,...]         # tensors it wants, of `INPUTS`
     hyper:dict                   # settings and their defaults
-    at_init:Callable|None        # settings -> its value where policy = reference; None: no such constant
+    at_init:Callable|None        # settings -> its value where policy = reference; None: no constant
     slope:Callable|None=None     # settings -> its gradient there, on a good and on a bad reply
-    optimum:Callable|None=None   # p, settings -> where it rests when one of two replies wins with probability p
+    optimum:Callable|None=None   # p, settings -> margin where it rests if one reply wins with p
     relations:tuple[str,...]=()  # what leaves it as it is, of `certificates.RELATIONS`
     batch_dependent:bool=False   # do the pairs of a batch act on each other?
     quantity:str="sum"           # the log-probability its rewards are made of: "sum" or "mean"
     divergence:bool=False        # may the log-ratio be replaced by (4.5)?
 
+# %% ../nbs/04_losses.ipynb #5d40aa5f
+class Loss(LossRecord):
+    "A loss: its record, and a call that refuses what it has no meaning for."
     @property
     def reference(self)->bool: return any(name.startswith("ref_") for name in self.needs)
     @property
     def paired(self)->bool: return "policy_logps" not in self.needs
     @property
     def required(self)->tuple[str,...]: # an input with a default may be missing
-        return tuple(n for n in self.needs if getattr(inspect.signature(self.fn).parameters.get(n), "default", inspect.Parameter.empty) is inspect.Parameter.empty)
+        given = {n: p.default for n, p in inspect.signature(self.fn).parameters.items()}
+        never = inspect.Parameter.empty
+        return tuple(n for n in self.needs if given.get(n, never) is never)
 
-    def __call__(self, inputs:dict[str,Tensor], **hyper)->tuple[Tensor,...]: # loss, chosen and rejected reward; one reward if unpaired
-        for key in hyper:
-            if key not in self.hyper: raise Refusal(f"loss {self.name!r} has no setting {key!r}; it has {', '.join(self.hyper)}")
+    def __call__(self, inputs:dict[str,Tensor], **hyper)->tuple[Tensor,...]: # loss and rewards
+        unknown = [k for k in hyper if k not in self.hyper]
+        if unknown: raise Refusal(f"loss {self.name!r} has no setting {unknown[0]!r}; "
+                                  f"it has {', '.join(self.hyper)}")
         lacking = [k for k in self.required if k not in inputs]
-        if lacking: raise Refusal(f"loss {self.name!r} needs {', '.join(lacking)}, which this run does not compute")
+        if lacking: raise Refusal(f"loss {self.name!r} needs {', '.join(lacking)}, "
+                                  "which this run does not compute")
         check_settings(**hyper)
-        return self.fn(**arguments_of(self, inputs, hyper), **{k: v for k, v in hyper.items() if k not in DIVERGENCE})
+        own = {k: v for k, v in hyper.items() if k not in DIVERGENCE}
+        return self.fn(**arguments_of(self, inputs, hyper), **own)
 
 # %% ../nbs/04_losses.ipynb #5fa44129
 def arguments_of(
@@ -135,12 +149,16 @@ def arguments_of(
     hyper:dict,              # settings; of them `DIVERGENCE` is used here
 )->dict[str,Tensor]:         # name -> tensor, as the function wants them
     "Look inputs up, derive log-ratios and means, put a divergence's score in place."
-    kind, names = {k: hyper[k] for k in DIVERGENCE if k in hyper}, inspect.signature(loss.fn).parameters
+    names = inspect.signature(loss.fn).parameters
+    kind = {k: hyper[k] for k in DIVERGENCE if k in hyper}
     φ = lambda u: divergence_score(u, **kind)
     found = {n: inputs[n] for n in names if n in INPUTS and n in inputs}
-    for policy, ref in (("policy_chosen_logps", "ref_chosen_logps"), ("policy_rejected_logps", "ref_rejected_logps")):
-        if loss.divergence and ref in found: found |= {policy: φ(found[policy] - found[ref]), ref: torch.zeros_like(found[ref])}
-    return found | {n: make(φ, *(inputs[k] for k in parts)) for n, (parts, make) in DERIVED.items() if n in names}
+    for side in ("chosen", "rejected") if loss.divergence else ():
+        policy, ref = f"policy_{side}_logps", f"ref_{side}_logps"
+        if ref not in found: continue
+        found |= {policy: φ(found[policy] - found[ref]), ref: torch.zeros_like(found[ref])}
+    return found | {n: make(φ, *(inputs[k] for k in parts))
+                    for n, (parts, make) in DERIVED.items() if n in names}
 
 # %% ../nbs/04_losses.ipynb #6e30d25a
 def check_settings(
@@ -149,8 +167,12 @@ def check_settings(
     **rest,                    # other settings
 )->None:
     "Refuse settings for which a loss has no meaning."
-    if not beta > 0 or math.isinf(beta): raise Refusal(f"beta is {beta}, expected a finite number above 0: it is the strength of the tie to the reference")
-    if not 0 <= label_smoothing <= .5: raise Refusal(f"label_smoothing is {label_smoothing}, expected 0 to 0.5: it is how often the judge errs")
+    if not beta > 0 or math.isinf(beta):
+        raise Refusal(f"beta is {beta}, expected a finite number above 0: "
+                      "it is the strength of the tie to the reference")
+    if not 0 <= label_smoothing <= .5:
+        raise Refusal(f"label_smoothing is {label_smoothing}, expected 0 to 0.5: "
+                      "it is how often the judge errs")
 
 # %% ../nbs/04_losses.ipynb #68015a07
 LOSSES:dict[str,Loss] = {}
@@ -166,13 +188,14 @@ def register_loss(
     def enter(fn):
         needs, hyper = signature(fn)
         if more.get("divergence"): hyper = hyper | DIVERGENCE
-        if name in LOSSES and LOSSES[name].fn.__qualname__ != fn.__qualname__: raise ValueError(f"a loss {name!r} is registered already")
+        if name in LOSSES and LOSSES[name].fn.__qualname__ != fn.__qualname__:
+            raise ValueError(f"a loss {name!r} is registered already")
         LOSSES[name] = Loss(name, fn, formula, source, title, needs, hyper, at_init, **more)
         return fn
     return enter
 
 # %% ../nbs/04_losses.ipynb #8d3b537b
-LATER = ("variants", "departures")  # modules that register losses, imported at the first name not found
+LATER = ("variants", "departures")  # they register losses; imported at the first name not found
 
 def all_losses(
 )->dict[str,Loss]: # `LOSSES`, complete
@@ -196,23 +219,30 @@ def log_odds(
     "log p/(1−p)."
     return math.log(p / (1 - p)) if 0 < p < 1 else math.copysign(math.inf, p - .5)
 
+def _slope(beta=.1, label_smoothing=0., **_):
+    half = beta * (.5 - label_smoothing)
+    return -half, half
+
+def _rest(p, label_smoothing=0., **_):
+    return log_odds(p * (1 - label_smoothing) + (1 - p) * label_smoothing)
+
 dpo_loss = register_loss("sigmoid", title="DPO", source="arXiv:2305.18290",
     formula=r"-(1-\epsilon)\log\sigma(\hat r_w-\hat r_l)-\epsilon\log\sigma(\hat r_l-\hat r_w)",
-    at_init=lambda **_: math.log(2), divergence=True,
-    slope=lambda beta=.1, label_smoothing=0., **_: (-beta * (.5 - label_smoothing), beta * (.5 - label_smoothing)),
-    optimum=lambda p, label_smoothing=0., **_: log_odds(p * (1 - label_smoothing) + (1 - p) * label_smoothing),
+    at_init=lambda **_: math.log(2), slope=_slope, optimum=_rest, divergence=True,
     relations=("level", "ratio", "units", "swap", "alone", "monotone", "convex"))(dpo_loss)
 
 # %% ../nbs/04_losses.ipynb #7656d4ab
 @register_loss("ipo_sum", title="IPO, summed log-probabilities", source="arXiv:2310.12036",
-    formula=r"\big(\Delta - \tfrac{1}{2\tau}\big)^2", at_init=lambda beta=.1, **_: 1 / (4 * beta**2),
-    slope=lambda beta=.1, **_: (-1 / beta, 1 / beta), optimum=lambda p, **_: (2 * p - 1) / 2,
+    formula=r"\big(\Delta - \tfrac{1}{2\tau}\big)^2",
+    at_init=lambda beta=.1, **_: 1 / (4 * beta**2),
+    slope=lambda beta=.1, **_: (-1 / beta, 1 / beta),
+    optimum=lambda p, **_: (2 * p - 1) / 2,
     relations=("level", "ratio", "alone", "convex"))
 def ipo_sum_loss(
     policy_chosen_logps:Tensor, policy_rejected_logps:Tensor, # log π_θ, summed (nat), shape (B,)
     ref_chosen_logps:Tensor, ref_rejected_logps:Tensor,       # log π_ref, likewise
     beta:float=0.1,                                           # τ: the gap asked for is 1/(2τ)
-)->tuple[Tensor,Tensor,Tensor]:                               # loss, chosen reward, rejected reward, all (B,)
+)->tuple[Tensor,Tensor,Tensor]:             # loss, chosen reward, rejected reward, all (B,)
     "IPO on summed log-probabilities (arXiv:2310.12036)."
     chosen_reward   = implicit_reward(policy_chosen_logps, ref_chosen_logps, beta)
     rejected_reward = implicit_reward(policy_rejected_logps, ref_rejected_logps, beta)

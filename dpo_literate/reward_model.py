@@ -4,43 +4,48 @@
 
 # %% auto #0
 __all__ = ['with_score_head', 'load_reward_model', 'end_positions', 'end_states', 'reward_scores', 'reward_loss', 'RewardConfig',
-           'packs_exactly', 'make_scorer', 'RewardTrainer', 'pair_scores', 'Accuracy', 'accuracy', 'Calibration',
-           'calibration', 'plot_reward', 'score_texts', 'standardise', 'main_reward_train', 'report_reward']
+           'packs_exactly', 'make_scorer', 'PairTrainer', 'ScoreTrainer', 'RewardTrainer', 'pair_scores', 'Accuracy',
+           'accuracy', 'Calibration', 'calibration', 'plot_reward', 'text_ids', 'score_texts', 'unit_of', 'standardise',
+           'reward_trainer', 'main_reward_train', 'report_reward']
 
 # %% ../nbs/11c_reward_model.ipynb #b2e1cba0
 import argparse, copy, math, time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, Trainer,
+                          TrainingArguments)
 from transformers.trainer_utils import EvalLoopOutput
 from .logps import Batch, pad_rows, unwrapped
 from .losses import preference_accuracy
-from .models import DTYPES, load_model, load_tokenizer, no_dropout, resolve_model, unreachable, write_folder
+from .models import (DTYPES, load_model, load_tokenizer, no_dropout, resolve_model,
+                                 unreachable, write_folder)
 from .packing import attention_for, pack_rows
 from .plots import COLORS, finish, new_fig
 from .results import Refusal, bootstrap_interval, provenance, to_json, write_atomic
 from .reward import bt_loss
 from .rows import encode_prompt, encode_reply
-from .trainer import EpochOrder, StepGuard, prepare_rows
+from .trainer import EpochOrder, StepGuard, as_batch, prepare_rows, setting
 
 # %% ../nbs/11c_reward_model.ipynb #abbd3f9b
 def with_score_head(
     model:PreTrainedModel, # a causal language model
 )->PreTrainedModel:        # a copy of its body, with one score a token instead of logits
-    "Formula (11.1), v = 0; the language model is left as it was."
+    "Formula (11c.1), v = 0; the language model is left as it was."
     config = copy.deepcopy(model.config)
     config.num_labels = 1
     try: scorer = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
-    except ValueError: raise Refusal(f"transformers has no scalar head for a model of type {config.model_type!r}") from None
+    except ValueError:
+        kind = config.model_type
+        raise Refusal(f"transformers has no scalar head for a model of type {kind!r}") from None
     scorer.base_model.load_state_dict(model.base_model.state_dict())
     nn.init.zeros_(scorer.score.weight)
     return no_dropout(scorer).eval()
 
 # %% ../nbs/11c_reward_model.ipynb #2439b9de
 def load_reward_model(
-    name:str|Path,       # a reward model, or any causal language model: "bundled", folder or hub name
+    name:str|Path,       # a reward model, or any causal language model: folder or hub name
     dtype:str="float32", # one of `DTYPES`
 )->PreTrainedModel:      # with one score a token, in evaluation mode
     "Load a scorer; a language model gets a new head."
@@ -48,10 +53,13 @@ def load_reward_model(
     try: config = AutoConfig.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError) as why: raise Refusal(unreachable(name, where)) from why
     kind = (config.architectures or [""])[0]
-    if not kind.endswith("ForSequenceClassification"): return with_score_head(load_model(name, dtype))
-    if config.num_labels != 1: raise Refusal(f"{name} gives {config.num_labels} labels; a reward is one number")
+    if not kind.endswith("ForSequenceClassification"):
+        return with_score_head(load_model(name, dtype))
+    if config.num_labels != 1:
+        raise Refusal(f"{name} gives {config.num_labels} labels; a reward is one number")
     if dtype not in DTYPES: raise Refusal(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    model = AutoModelForSequenceClassification.from_pretrained(where, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True)
+    load = AutoModelForSequenceClassification.from_pretrained
+    model = load(where, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True)
     return no_dropout(model).eval()
 
 # %% ../nbs/11c_reward_model.ipynb #7bb81ca0
@@ -60,10 +68,11 @@ def end_positions(
 )->Tensor:       # flat position of the last token of each reply, chosen then rejected, (2B,)
     "Where each reply ends, in either layout."
     B, seg = batch.n_pairs, batch.segment_ids.flatten()
-    reply = torch.arange(2 * B, device=seg.device)
-    segment = reply + 1 if batch.attention_mask is not None else 3 * (reply % B) + 2 + reply // B
-    at = torch.arange(len(seg), device=seg.device)
-    return torch.zeros(int(seg.max()) + 1, dtype=torch.long, device=seg.device).scatter_reduce(0, seg, at, "amax")[segment]
+    at, reply = (torch.arange(n, device=seg.device) for n in (len(seg), 2 * B))
+    packed = batch.attention_mask is None        # segments: prompt, chosen, rejected of each pair
+    segment = 3 * (reply % B) + 2 + reply // B if packed else reply + 1
+    last = torch.zeros(int(seg.max()) + 1, dtype=torch.long, device=seg.device)
+    return last.scatter_reduce(0, seg, at, "amax")[segment]
 
 # %% ../nbs/11c_reward_model.ipynb #0a92964b
 def end_states(
@@ -72,15 +81,17 @@ def end_states(
 )->Tensor:       # hidden state at the end of each reply, (2B,H)
     "What the model has read by the end of each reply."
     base, mask = unwrapped(model), batch.attention_mask
-    if mask is None: mask = attention_for(batch, getattr(base.config, "_attn_implementation", None) or "eager", base.dtype)
-    out = base.base_model(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
+    kind = getattr(base.config, "_attn_implementation", None) or "eager"
+    if mask is None: mask = attention_for(batch, kind, base.dtype)
+    out = base.base_model(input_ids=batch.input_ids, attention_mask=mask,
+                          position_ids=batch.position_ids, use_cache=False)
     return out.last_hidden_state.flatten(0, 1)[end_positions(batch)]
 
 def reward_scores(
     model,       # a scorer, wrapped or not
     batch:Batch, # padded or packed pairs
 )->Tensor:       # score of each reply, chosen then rejected, float32 or better, (2B,)
-    "Formula (11.1), a batch at a time."
+    "Formula (11c.1), a batch at a time."
     score = unwrapped(model).score(end_states(model, batch)).squeeze(-1)
     return score if score.dtype == torch.float64 else score.float()
 
@@ -97,21 +108,22 @@ def reward_loss(
 @dataclass
 class RewardConfig(TrainingArguments):
     "Settings of a reward run: those of `TrainingArguments`, and what pairs add."
-    learning_rate:float = field(default=1e-5, metadata={"help": "peak learning rate"})
-    logging_steps:float = field(default=10, metadata={"help": "steps between two log lines"})
-    bf16:bool|None = field(default=None, metadata={"help": "bfloat16 autocast; None: yes on CUDA, no elsewhere"})
-    remove_unused_columns:bool = field(default=False, metadata={"help": "unused here: columns are read by name"})
-    max_length:int|None = field(default=1024, metadata={"help": "prompt and longer reply (tokens); None: no limit"})
-    truncation_mode:str = field(default="refuse", metadata={"help": "refuse, keep_start or keep_end"})
-    centring:float = field(default=.01, metadata={"help": "price c of a level, see (11.2)"})
-    layout:str = field(default="packed", metadata={"help": "packed (each prompt once) or padded"})
-    capacity:int|None = field(default=None, metadata={"help": "most tokens of a packed row"})
+    learning_rate:float = setting(1e-5, "peak learning rate")
+    logging_steps:float = setting(10, "steps between two log lines")
+    bf16:bool|None = setting(None, "bfloat16 autocast; None: yes on CUDA, no elsewhere")
+    remove_unused_columns:bool = setting(False, "unused here: columns are read by name")
+    max_length:int|None = setting(1024, "prompt and longer reply (tokens); None: no limit")
+    truncation_mode:str = setting("refuse", "refuse, keep_start or keep_end")
+    centring:float = setting(.01, "price c of a level, see (11c.2)")
+    layout:str = setting("packed", "packed (each prompt once) or padded")
+    capacity:int|None = setting(None, "most tokens of a packed row")
     score_tail, ld_alpha = False, None
 
     def __post_init__(self):
         if self.bf16 is None: self.bf16 = torch.cuda.is_available() and not self.fp16
         if not self.centring >= 0: raise Refusal(f"centring={self.centring}: must not be negative")
-        if self.layout not in ("packed", "padded"): raise Refusal(f"layout={self.layout!r}: use packed or padded")
+        if self.layout not in ("packed", "padded"):
+            raise Refusal(f"layout={self.layout!r}: use packed or padded")
         super().__post_init__()
 
 # %% ../nbs/11c_reward_model.ipynb #29bbb261
@@ -126,13 +138,16 @@ def packs_exactly(
         device = next(model.parameters()).device
         a, b = end_states(model, pack.to(device)), end_states(model, pad_rows(pack.rows).to(device))
     except (Refusal, RuntimeError, TypeError, ValueError): return False
-    return bool((a - b).abs().max() <= {torch.float64: 1e-8, torch.float32: 2e-3}.get(a.dtype, .1) * b.abs().max())
+    near = {torch.float64: 1e-8, torch.float32: 2e-3}.get(a.dtype, .1)
+    return bool((a - b).abs().max() <= near * b.abs().max())
 
 # %% ../nbs/11c_reward_model.ipynb #be7ec2f9
 def make_scorer(model, peft_config=None):
     "Load, check and wrap the model that learns to score."
     if isinstance(model, (str, Path)): model = load_reward_model(model)
-    if not isinstance(getattr(unwrapped(model), "score", None), nn.Module): raise Refusal("the model has no head `score`: make one with load_reward_model or with_score_head")
+    if not isinstance(getattr(unwrapped(model), "score", None), nn.Module):
+        raise Refusal("the model has no head `score`: "
+                      "make one with load_reward_model or with_score_head")
     if peft_config is not None:
         from peft import get_peft_model
         peft_config.task_type, peft_config.modules_to_save = "SEQ_CLS", ["score"]
@@ -140,7 +155,61 @@ def make_scorer(model, peft_config=None):
     return no_dropout(model)
 
 # %% ../nbs/11c_reward_model.ipynb #fe8454eb
-class RewardTrainer(Trainer):
+class PairTrainer(Trainer):
+    "One step: `reward_loss` summed over its pairs, divided by their number."
+    def _get_train_sampler(self, *_): return self.order
+    def floating_point_ops(self, inputs): return 0
+
+    def pieces(self, rows:list)->list:
+        "Batches of these rows in the run's layout."
+        if self.packed: return pack_rows(rows, capacity=self.args.capacity)
+        return [pad_rows(rows, self.processing_class.pad_token_id or 0)]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        "The micro-batches of one step, and how many pairs they hold."
+        batches = [b for _, b in zip(range(num_batches), epoch_iterator)]
+        return batches, torch.tensor(float(sum(len(b["rows"]) for b in batches)), device=device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        batches = [b.to(self.args.device) for b in self.pieces(inputs["rows"])]
+        with self.compute_loss_context_manager():
+            chosen, rejected = torch.cat([reward_scores(model, b).view(2, -1) for b in batches], 1)
+        loss = reward_loss(chosen, rejected, self.args.centring)
+        if not loss.isfinite().all():
+            step = self.state.global_step + 1
+            raise Refusal(f"step {step}: a score is not finite; the step was not taken", 3)
+        if model.training: self.count(loss, chosen, rejected)
+        return loss.sum() / (len(loss) if num_items_in_batch is None else num_items_in_batch)
+
+# %% ../nbs/11c_reward_model.ipynb #fe8454ec
+class ScoreTrainer(PairTrainer):
+    "What is logged and evaluated: means over pairs, whatever batches they came in."
+    NAMES = ("loss", *(f"scores/{k}" for k in ("chosen", "rejected", "margins", "accuracies")))
+    sums = None          # of the pairs since the last log line: their number, then NAMES
+
+    def count(self, loss, chosen, rejected):
+        right = preference_accuracy(chosen, rejected)
+        columns = torch.ones_like(loss), loss, chosen, rejected, chosen - rejected, right
+        new = torch.stack([c.detach().double().sum() for c in columns])
+        self.sums = new if self.sums is None else self.sums + new
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self.sums is not None:
+            n, *sums = self.sums.tolist()
+            logs |= {name: s / n for name, s in zip(self.NAMES, sums)}
+            self.sums = None
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None,
+                        ignore_keys=None, metric_key_prefix="eval"):
+        rows, size = list(dataloader.dataset), self.args.per_device_eval_batch_size
+        w, l = pair_scores(self.model, rows, self.pieces, size)
+        values = dict(loss=bt_loss(w, l), accuracy=preference_accuracy(w, l), margin=w - l)
+        means = {f"{metric_key_prefix}_{k}": v.mean().item() for k, v in values.items()}
+        return EvalLoopOutput(None, None, means, len(rows))
+
+# %% ../nbs/11c_reward_model.ipynb #fe8454ed
+class RewardTrainer(ScoreTrainer):
     "Bradley–Terry on text, by the end token (arXiv:2203.02155, one pair a row)."
     def __init__(self,
         model,                                 # name, folder, scorer or PeftModel around one
@@ -150,57 +219,22 @@ class RewardTrainer(Trainer):
         peft_config=None, callbacks=None, optimizers=(None, None),
     ):
         args = args or RewardConfig("runs/reward")
-        if args.world_size > 1: raise Refusal("a reward model trains in one process here; start it without a launcher")
+        if args.world_size > 1: raise Refusal("a reward model trains in one process here")
         if train_dataset is None: raise Refusal("train_dataset is missing")
-        tokenizer = processing_class or load_tokenizer(model if isinstance(model, (str, Path)) else unwrapped(model).name_or_path)
+        name = model if isinstance(model, (str, Path)) else unwrapped(model).name_or_path
+        tokenizer = processing_class or load_tokenizer(name)
         rows, self.counts = prepare_rows(train_dataset, tokenizer, args)
         held = None if eval_dataset is None else prepare_rows(eval_dataset, tokenizer, args)[0]
         model = make_scorer(model, peft_config)
-        self.order = EpochOrder(len(rows), len(rows), args.data_seed if args.data_seed is not None else args.seed)
-        self.packed = args.layout == "packed" and packs_exactly(model, rows[:args.per_device_train_batch_size], args.capacity)
-        super().__init__(model=model, args=args, data_collator=lambda rows: {"rows": rows}, train_dataset=rows, eval_dataset=held,
-                         processing_class=tokenizer, callbacks=callbacks, optimizers=optimizers)
-        self.model_accepts_loss_kwargs, self.sums = True, None
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.order = EpochOrder(len(rows), len(rows), seed)
+        self.packed = args.layout == "packed" and packs_exactly(
+            model, rows[:args.per_device_train_batch_size], args.capacity)
+        super().__init__(model=model, args=args, data_collator=as_batch, train_dataset=rows,
+                         eval_dataset=held, processing_class=tokenizer, callbacks=callbacks,
+                         optimizers=optimizers)
+        self.model_accepts_loss_kwargs = True
         self.add_callback(StepGuard(self))
-
-    def _get_train_sampler(self, *_): return self.order
-    def floating_point_ops(self, inputs): return 0
-
-    def pieces(self, rows):
-        "Batches of these rows in the run's layout."
-        return pack_rows(rows, capacity=self.args.capacity) if self.packed else [pad_rows(rows, self.processing_class.pad_token_id or 0)]
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        "The micro-batches of one step, and how many pairs they hold."
-        batches = [b for _, b in zip(range(num_batches), epoch_iterator)]
-        return batches, torch.tensor(float(sum(len(b["rows"]) for b in batches)), device=device)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        "Sum over the pairs of this micro-batch, divided by the pairs of the step."
-        with self.compute_loss_context_manager():
-            scores = [reward_scores(model, b.to(self.args.device)).view(2, -1) for b in self.pieces(inputs["rows"])]
-        chosen, rejected = torch.cat(scores, 1)
-        loss = reward_loss(chosen, rejected, self.args.centring)
-        if not loss.isfinite().all(): raise Refusal(f"step {self.state.global_step + 1}: a score is not finite; the step was not taken", 3)
-        if model.training: self.count(loss, chosen, rejected)
-        return loss.sum() / (num_items_in_batch if num_items_in_batch is not None else len(loss))
-
-    def count(self, loss, chosen, rejected):
-        columns = torch.ones_like(loss), loss, chosen, rejected, chosen - rejected, preference_accuracy(chosen, rejected)
-        new = torch.stack([c.detach().double().sum() for c in columns])
-        self.sums = new if self.sums is None else self.sums + new
-
-    def log(self, logs, start_time=None):
-        if "loss" in logs and self.sums is not None:
-            n, *rest = self.sums.tolist()
-            logs |= dict(zip(("loss", "scores/chosen", "scores/rejected", "scores/margins", "scores/accuracies"), (v / n for v in rest)))
-            self.sums = None
-        super().log(logs, start_time)
-
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
-        chosen, rejected = pair_scores(self.model, list(dataloader.dataset), self.pieces, self.args.per_device_eval_batch_size)
-        values = dict(loss=bt_loss(chosen, rejected).mean(), accuracy=preference_accuracy(chosen, rejected).mean(), margin=(chosen - rejected).mean())
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_{k}": v.item() for k, v in values.items()}, len(chosen))
 
 # %% ../nbs/11c_reward_model.ipynb #559ff243
 @torch.no_grad()
@@ -228,7 +262,8 @@ class Accuracy:
     low:float   # 95 % interval, resampling pairs
     high:float
     n:int       # pairs
-    def __str__(self): return f"{self.value:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}, {self.n} pairs)"
+    def __str__(self):
+        return f"{self.value:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}, {self.n} pairs)"
 
 def accuracy(
     chosen:Tensor,   # scores, (N,)
@@ -246,7 +281,9 @@ class Calibration:
     right:list  # share of pairs ordered as the judge did
     n:list      # pairs in each group
     @property
-    def error(self)->float: return sum(n * abs(s - r) for s, r, n in zip(self.said, self.right, self.n)) / sum(self.n)
+    def error(self)->float:
+        gaps = [n * abs(s - r) for s, r, n in zip(self.said, self.right, self.n)]
+        return sum(gaps) / sum(self.n)
 
 def calibration(
     chosen:Tensor,   # scores, (N,)
@@ -257,7 +294,8 @@ def calibration(
     margin = (chosen - rejected).double()
     order = margin.abs().argsort(stable=True).chunk(groups)
     said, right = margin.abs().sigmoid(), preference_accuracy(chosen, rejected).double()
-    return Calibration(*([x[g].mean().item() for g in order] for x in (said, right)), [len(g) for g in order])
+    means = ([x[g].mean().item() for g in order] for x in (said, right))
+    return Calibration(*means, [len(g) for g in order])
 
 # %% ../nbs/11c_reward_model.ipynb #a23b9050
 def plot_reward(
@@ -267,17 +305,30 @@ def plot_reward(
 ):                   # a figure
     "Histogram of scores, and calibration."
     fig, (left, right) = new_fig(ncols=2, width=4.2)
-    edges = torch.linspace(min(chosen.min(), rejected.min()), max(chosen.max(), rejected.max()), 25)
-    for side, x in (("chosen", chosen), ("rejected", rejected)): left.hist(x, edges, color=COLORS[side], alpha=.6, label=side)
-    left.set(xlabel="score (log-odds)", ylabel="replies", title=title or "Scores overlap"); left.legend()
+    both = torch.cat([chosen, rejected])
+    edges = torch.linspace(both.min(), both.max(), 25)
+    for side, x in (("chosen", chosen), ("rejected", rejected)):
+        left.hist(x, edges, color=COLORS[side], alpha=.6, label=side)
+    left.set(xlabel="score (log-odds)", ylabel="replies", title=title or "Scores overlap")
+    left.legend()
     c = calibration(chosen, rejected)
     noise = [2 * math.sqrt(s * (1 - s) / n) for s, n in zip(c.said, c.n)]
     right.plot([.5, 1], [.5, 1], "--", color=COLORS["muted"])
     right.errorbar(c.said, c.right, noise, fmt="o", color=COLORS["policy"])
-    right.set(xlabel="how sure it was", ylabel="how often right", title=f"Calibration error {c.error:.3f}")
+    right.set(xlabel="how sure it was", ylabel="how often right",
+              title=f"Calibration error {c.error:.3f}")
     return finish(fig)
 
 # %% ../nbs/11c_reward_model.ipynb #cbd100f2
+def text_ids(
+    prompt, reply:str, # text or messages; text
+    tokenizer,
+)->list[int]:          # ids, the end token included
+    "A prompt and its reply, as in training."
+    turn = reply if isinstance(prompt, str) else [{"role": "assistant", "content": reply}]
+    return encode_prompt(prompt, tokenizer) + encode_reply(prompt, turn, tokenizer)
+
+# %% ../nbs/11c_reward_model.ipynb #cbd100f4
 @torch.no_grad()
 def score_texts(
     model, tokenizer,   # a scorer and its tokenizer
@@ -287,16 +338,21 @@ def score_texts(
 )->Tensor:              # scores, in the unit `standardise` has set, (N,)
     "Score finished replies; the end token is added as in training."
     base, device, scores = unwrapped(model), next(model.parameters()).device, []
-    for start in range(0, len(replies), batch_size):
-        both = list(zip(prompts, replies))[start:start + batch_size]
-        ids = [encode_prompt(p, tokenizer) + encode_reply(p, r if isinstance(p, str) else [{"role": "assistant", "content": r}], tokenizer) for p, r in both]
-        lengths = torch.tensor([len(i) for i in ids], device=device)
-        text = nn.utils.rnn.pad_sequence([torch.tensor(i) for i in ids], batch_first=True).to(device)
-        mask = (torch.arange(text.shape[1], device=device) < lengths[:, None]).long()
-        hidden = base.base_model(input_ids=text, attention_mask=mask, use_cache=False).last_hidden_state
-        scores.append(base.score(hidden[torch.arange(len(ids)), lengths - 1]).squeeze(-1).double().cpu())
-    raw = torch.cat(scores)
-    return (raw - getattr(base.config, "reward_mean", 0.)) / getattr(base.config, "reward_scale", 1.)
+    texts = [torch.tensor(text_ids(p, y, tokenizer)) for p, y in zip(prompts, replies)]
+    for some in (texts[i:i + batch_size] for i in range(0, len(texts), batch_size)):
+        ids = nn.utils.rnn.pad_sequence(some, batch_first=True).to(device)
+        lengths = torch.tensor([len(t) for t in some], device=device)
+        mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
+        out = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        ends = out.last_hidden_state[torch.arange(len(some)), lengths - 1]
+        scores.append(base.score(ends).squeeze(-1).double().cpu())
+    mean, scale = unit_of(base.config)
+    return (torch.cat(scores) - mean) / scale
+
+# %% ../nbs/11c_reward_model.ipynb #cbd100f3
+def unit_of(config)->tuple[float,float]: # mean and spread that are taken out
+    "What `standardise` has noted."
+    return getattr(config, "reward_mean", 0.), getattr(config, "reward_scale", 1.)
 
 def standardise(
     model,         # a scorer
@@ -304,33 +360,47 @@ def standardise(
 )->None:
     "From now on `score_texts` gives these replies mean 0 and spread 1."
     config = unwrapped(model).config
-    mean, scale = getattr(config, "reward_mean", 0.), getattr(config, "reward_scale", 1.)
-    if not scores.std() > 0: raise Refusal("every reply has the same score; there is no unit to set")
-    config.reward_mean, config.reward_scale = mean + scale * scores.mean().item(), scale * scores.std().item()
+    mean, scale = unit_of(config)
+    if not scores.std() > 0:
+        raise Refusal("every reply has the same score; there is no unit to set")
+    config.reward_mean = mean + scale * scores.mean().item()
+    config.reward_scale = scale * scores.std().item()
 
 # %% ../nbs/11c_reward_model.ipynb #11a7b975
+def reward_trainer(args:argparse.Namespace)->RewardTrainer: # see `main_reward_train`
+    "The trainer that the command's arguments describe."
+    from peft import LoraConfig
+    config = RewardConfig(str(Path(args.output) / "checkpoints"), num_train_epochs=args.epochs,
+                          learning_rate=args.lr, seed=args.seed, max_length=args.max_length,
+                          per_device_train_batch_size=args.batch, truncation_mode="keep_end",
+                          warmup_steps=10, save_strategy="no", report_to=[])
+    adapter = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear",
+                         exclude_modules=["score"]) if args.rank else None
+    return RewardTrainer(args.model, config, args.data, args.eval, peft_config=adapter)
+
 def main_reward_train(
     args:argparse.Namespace, # model, data, eval, output, epochs, lr, rank, batch, max_length, seed
 )->int:                      # 0
     "Train a reward model, and write it with a report of how right it is."
-    from peft import LoraConfig
-    start, out = time.perf_counter(), Path(args.output)
-    config = RewardConfig(str(out / "checkpoints"), num_train_epochs=args.epochs, learning_rate=args.lr, seed=args.seed, save_strategy="no", report_to=[],
-                          per_device_train_batch_size=args.batch, max_length=args.max_length, truncation_mode="keep_end", warmup_steps=10)
-    adapter = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", exclude_modules=["score"]) if args.rank else None
-    trainer = RewardTrainer(args.model, config, args.data, args.eval, peft_config=adapter)
+    start, out, trainer = time.perf_counter(), Path(args.output), reward_trainer(args)
     trainer.train()
-    chosen, rejected = pair_scores(trainer.model, trainer.eval_dataset or trainer.train_dataset, trainer.pieces)
-    standardise(trainer.model, torch.cat([chosen, rejected]))
-    model = trainer.model.merge_and_unload() if adapter else trainer.model
+    rows = trainer.eval_dataset or trainer.train_dataset
+    scores = pair_scores(trainer.model, rows, trainer.pieces)
+    standardise(trainer.model, torch.cat(scores))
+    model = trainer.model.merge_and_unload() if args.rank else trainer.model
     write_folder(out / "model", model, trainer.processing_class)
-    return report_reward(out, args, chosen, rejected, time.perf_counter() - start, bool(args.eval))
-
-def report_reward(out, args, chosen, rejected, seconds, held_out):
-    "Numbers and one figure beside the model."
-    found, sure = accuracy(chosen, rejected), calibration(chosen, rejected)
-    values = dict(held_out=held_out, accuracy=vars(found), calibration=vars(sure), calibration_error=sure.error)
-    write_atomic(out / "report.json", to_json(provenance("dpo-literate reward-train", vars(args) | {"run": None}, args.seed, seconds) | {"values": values}))
-    plot_reward(chosen, rejected).savefig(out / "report.png")
-    print(f"{'held-out' if held_out else 'training'} accuracy {found}; calibration error {sure.error:.3f}; model in {out / 'model'}")
+    report_reward(out, args, *scores, time.perf_counter() - start)
     return 0
+
+# %% ../nbs/11c_reward_model.ipynb #11a7b976
+def report_reward(out:Path, args, chosen:Tensor, rejected:Tensor, seconds:float)->None:
+    "Numbers and one figure beside the model."
+    found, sure, held = accuracy(chosen, rejected), calibration(chosen, rejected), bool(args.eval)
+    values = dict(held_out=held, accuracy=vars(found), calibration=vars(sure),
+                  calibration_error=sure.error)
+    settings = {k: v for k, v in vars(args).items() if k != "run"}
+    history = provenance("dpo-literate reward-train", settings, args.seed, seconds)
+    write_atomic(out / "report.json", to_json(history | {"values": values}))
+    plot_reward(chosen, rejected).savefig(out / "report.png")
+    print(f"{'held-out' if held else 'training'} accuracy {found}; "
+          f"calibration error {sure.error:.3f}; model in {out / 'model'}")

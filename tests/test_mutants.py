@@ -35,7 +35,7 @@ MUTANTS = [
     Mutant("the judge prefers the worse", "world", "torch.where(wins, first, second)", "torch.where(wins, second, first)", "test_world.py::test_pairs_follow_the_judge_everywhere"),
     Mutant("a reply compared with itself", "world", "torch.multinomial(ref, 2, generator", "torch.multinomial(ref, 2, True, generator", "test_world.py::test_pairs_repeat_with_their_seed_and_never_compare_a_reply_with_itself"),
     Mutant("β missing from the reward", "losses", "return beta * (policy_logps - ref_logps)", "return policy_logps - ref_logps", "test_losses.py::test_gradient_by_the_book"),
-    Mutant("chosen and rejected exchanged in the margin", "losses", "margin = chosen_reward - rejected_reward - offset", "margin = rejected_reward - chosen_reward - offset", "test_losses.py::test_published_vectors"),
+    Mutant("chosen and rejected exchanged in the margin", "losses", "margin = chosen_reward - rejected_reward - offset", "margin = rejected_reward - chosen_reward - offset", "test_variants.py::test_golden_values"),
     Mutant("log of a sigmoid", "losses", "loss = -F.logsigmoid(margin)\n", "loss = -margin.sigmoid().log()\n", "test_losses.py::test_huge_margins_stay_finite"),
     # ---- log-probabilities
     Mutant("labels not shifted", "logps", "in_full(logits[:, :-1]).log_softmax(-1)", "in_full(logits[:, 1:]).log_softmax(-1)", "test_logps.py::test_gradient_through_gather_mask_sum_and_loss"),
@@ -155,6 +155,12 @@ def test_every_mutant_is_caught(): judge(tried("all"))
 def test_there_are_enough_and_each_is_one_change():
     assert len(MUTANTS) >= 40 and sum(m.often for m in MUTANTS) >= 8 and len({m.what for m in MUTANTS}) == len(MUTANTS)
     assert all(m.old != m.new for m in MUTANTS)
+
+
+def test_the_tests_they_name_exist():
+    named = {t for m in MUTANTS for t in m.tests.split() if "::" in t}
+    gone = [t for t in sorted(named) if f"def {t.split('::')[-1].split('[')[0]}(" not in (ROOT / "tests" / t.split("::")[0]).read_text(encoding="utf-8")]
+    assert not gone
 
 
 if __name__ == "__main__": main(sys.argv[1])
