@@ -328,6 +328,7 @@ def change_in(
         drawn = torch.arange(n).repeat_interleave(w.long())
         return [statistic(*(x[drawn] for x in side)) for side in (before, after)]
     b, a = both(torch.ones(n))
+    if not math.isfinite(b + a): return Change(label, b, a, *[math.nan] * 3)
     return Change(label, b, a, a - b, *interval_of(lambda w: (lambda v: v[1] - v[0])(both(w)), n))
 
 # %% ../../nbs/33_honesty.ipynb #3081e18c
