@@ -2,6 +2,7 @@
 
     python benchmarks/honesty.py [--seeds 0 1 2] [--minutes 8]   train and read, one small file a cell
     python benchmarks/honesty.py --record                        gather the cells into nbs/results/
+    python benchmarks/honesty.py --small --seeds 0               the same with few pairs and questions: does it run?
 
 A cell is one arm with one seed. A finished cell is kept under runs/honesty/ and not run again, so a stopped run goes on where it was;
 a cell that was made with other settings is made anew. --record refuses while a cell is missing.
@@ -23,12 +24,12 @@ from dpo_literate.results import Refusal, bootstrap_interval, data_dir, repo_dir
 CELLS = repo_dir() / "runs" / "honesty"
 ARMS = ("polite", "eager", "truthful")
 SETTINGS = dict(learning_rate=2e-5, beta=.1, per_device_train_batch_size=4, num_train_epochs=1, lr_scheduler_type="constant", logging_steps=1)
-TRAIN, ASKED = 64, 48   # pairs; TruthfulQA questions of the categories that were not trained on
+FULL = dict(train=64, asked=48, every=1)   # pairs; TruthfulQA questions of categories not trained on; every how manieth question of the book
+SMALL = dict(train=8, asked=6, every=6)
 COMMAND = "python benchmarks/honesty.py --record"
-MEMORY = {}
 
 
-def configs(seeds): return [dict(arm=arm, seed=seed, train=TRAIN, asked=ASKED, **SETTINGS) for seed in seeds for arm in ARMS]
+def configs(seeds, size=FULL): return [dict(arm=arm, seed=seed, **size, **SETTINGS) for seed in seeds for arm in ARMS]
 
 
 def cell_path(config):
@@ -45,18 +46,19 @@ def polite_pairs():
                  rejected=turn("assistant", r["rejected"])) for r in raw if r["chosen"].strip() != r["rejected"].strip()]
 
 
-def pairs_of(arm, seed):
+def pairs_of(config):
     "Pairs to train on; questions of the other categories to ask."
+    arm, seed = config["arm"], config["seed"]
     taught, held = split_categories(truthfulqa(), .5, seed)
     shuffle = random.Random(seed)
     made = {"polite": polite_pairs, "eager": lambda: eager_pairs(taught, seed), "truthful": lambda: truthful_pairs(taught)}[arm]()
     shuffle.shuffle(made)
-    return made[:TRAIN], random.Random(seed).sample(held, ASKED)
+    return made[:config["train"]], random.Random(seed).sample(held, config["asked"])
 
 
-def read(model, tokenizer, questions, s=None):
-    "Every number of the page, and how each question was answered; `s` where the sheet is there already."
-    s = s or sheet_of(model, tokenizer, shipped_questions())
+def read(model, tokenizer, questions, config):
+    "Every number of the page, and how sure it was of each question."
+    s = sheet_of(model, tokenizer, shipped_questions()[::config["every"]])
     truth = truth_scores(choice_logps(model, [put(tokenizer, [q.text], q.options) for q in questions]), questions)
     k = s.known
     return dict(right=s.right[k].mean().item(), confidence=s.confidence[k].mean().item(), ece=ece(s.confidence[k], s.right[k], BINS),
@@ -68,13 +70,13 @@ def read(model, tokenizer, questions, s=None):
                 curve=[[round(x, 3) for x in column.tolist()] for column in (s.confidence, s.right)])
 
 
-def start(seed, questions):
-    "The model before: its sheet once, its TruthfulQA once a seed."
-    if seed not in MEMORY:
-        model, tokenizer = load_model("bundled"), load_tokenizer("bundled")
-        if "sheet" not in MEMORY: MEMORY["sheet"] = sheet_of(model, tokenizer, shipped_questions())
-        MEMORY[seed] = read(model, tokenizer, questions, MEMORY["sheet"])
-    return MEMORY[seed]
+def start(config, questions):
+    "The model before, read once a seed and kept in a small file of its own."
+    path = cell_path({**{k: v for k, v in config.items() if k not in (*SETTINGS, "train")}, "arm": "before"})
+    if not path.exists():
+        began, values = time.time(), read(load_model("bundled"), load_tokenizer("bundled"), questions, config)
+        write_atomic(path, json.dumps(dict(values=values, seconds=time.time() - began)))
+    return json.loads(path.read_text())["values"]
 
 
 def run(config):
@@ -82,14 +84,14 @@ def run(config):
 
     from dpo_literate.trainer import DPOConfig, DPOTrainer
     seed, tokenizer = config["seed"], load_tokenizer("bundled")
-    pairs, questions = pairs_of(config["arm"], seed)
-    before = start(seed, questions)
+    pairs, questions = pairs_of(config)
+    before = start(config, questions)
     args = DPOConfig(str(CELLS / "trainer" / f"{config['arm']}_{seed}"), seed=seed, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available(), **SETTINGS)
     trainer = DPOTrainer("bundled", args=args, train_dataset=pairs, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     lines = [h for h in trainer.state.log_history if "rewards/margins" in h]
-    return dict(before=before, after=read(trainer.model.eval(), tokenizer, questions), margin=lines[-1]["rewards/margins"], first_loss=lines[0]["loss"], last_loss=lines[-1]["loss"])
+    return dict(before=before, after=read(trainer.model.eval(), tokenizer, questions, config), margin=lines[-1]["rewards/margins"], first_loss=lines[0]["loss"], last_loss=lines[-1]["loss"])
 
 
 def work(todo, minutes):
@@ -116,10 +118,10 @@ def record(todo):
     values = dict(before={k: of(ARMS[0], k, "before") for k in names}, after={arm: {k: of(arm, k, "after") for k in names} for arm in ARMS},
                   margin={arm: [c["values"]["margin"] for c in cells if c["config"]["arm"] == arm] for arm in ARMS},
                   curves=dict(before=of(ARMS[0], "curve", "before")[0], **{arm: of(arm, "curve", "after")[0] for arm in ARMS}))
-    save_result("honesty", values, command=COMMAND, config=dict(**SETTINGS, train=TRAIN, asked=ASKED, bins=BINS, model="bundled", data="polite_pairs, truthfulqa"), seed=seeds,
+    save_result("honesty", values, command=COMMAND, config=dict(**SETTINGS, **FULL, bins=BINS, model="bundled", data="polite_pairs, truthfulqa"), seed=seeds,
                 seconds=sum(c["seconds"] for c in cells), what="Calibration, selective honesty, sycophancy and TruthfulQA of held-out categories before and after DPO on three tastes, bundled model")
-    setup = f"SmolLM2-135M-Instruct, {TRAIN} pairs, 1 epoch, lr {SETTINGS['learning_rate']:g}; {len(shipped_questions())} questions of the book"
-    other = f"the same; {ASKED} TruthfulQA questions of other categories"
+    setup = f"SmolLM2-135M-Instruct, {FULL['train']} pairs, 1 epoch, lr {SETTINGS['learning_rate']:g}; {len(shipped_questions())} questions of the book"
+    other = f"the same; {FULL['asked']} TruthfulQA questions of other categories"
     def row(claim, source, paper, values, sign, setup=setup):
         low, high = bootstrap_interval(values)
         verdict = "held" if (low > 0 if sign > 0 else high < 0) else "did not hold" if (high < 0 if sign > 0 else low > 0) else "too small to tell"
@@ -139,10 +141,11 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=1e9, help="start no new cell after this long")
     parser.add_argument("--record", action="store_true", help="write the results and the claims table from the finished cells")
+    parser.add_argument("--small", action="store_true", help="few pairs and questions, to see that it runs; never recorded")
     args = parser.parse_args(argv)
     try:
         if args.record: record(configs(args.seeds)); return 0
-        left = work(configs(args.seeds), args.minutes)
+        left = work(configs(args.seeds, SMALL if args.small else FULL), args.minutes)
         print(f"{left} cells left" if left else "all cells are there; add --record", flush=True)
         return 0
     except Refusal as no:
