@@ -1,7 +1,9 @@
-"""What DPO does to the bundled model beside what it was asked to do: the recorded runs of pages 30 and 32.
+"""What DPO does to the bundled model beside what it was asked to do: the recorded runs of pages 30, 31 and 32.
 
     python benchmarks/probes.py displacement [--seeds 0 1 2] [--minutes 8]   train and read, one small file a cell
     python benchmarks/probes.py tdi [--seeds 0 1 2 3 4] [--minutes 8]
+    python benchmarks/probes.py refusal [--seeds 0 1 2] [--minutes 8]
+    python benchmarks/probes.py xstest --record                              hold the judges of page 31 against XSTest's labels: seconds, no model
     python benchmarks/probes.py displacement --record                        gather the cells into nbs/results/
 
 A cell is one arm with one seed. A finished cell is kept under runs/probes/ and not run again, so a stopped run goes on where it was;
@@ -9,6 +11,7 @@ a cell that was made with other settings is made anew. --record refuses while a 
 """
 import argparse
 import difflib
+import gzip
 import hashlib
 import json
 import random
@@ -249,7 +252,101 @@ def record_tdi(configs):
         row("penalising content costs margin: signal minus matched (nat)", "hurts the task", gap("signal", "matched", "margin"), below(0.))])
 
 
-PAGES = {"displacement": (displacement_configs, displacement_cell, record_displacement, (0, 1, 2)), "tdi": (tdi_configs, tdi_cell, record_tdi, (0, 1, 2, 3, 4))}
+# ------------------------------------------------------------ page 31: refusal
+
+SAFETY = dict(learning_rate=1e-5, per_device_train_batch_size=4, lr_scheduler_type="constant", logging_steps=1)
+EPOCHS, BETAS, TWINS, LIMIT = (1, 2, 4), (.03, .5), (8, 24), 24
+REFUSAL_ARMS = {"before": dict(epochs=0), "refuse": dict(epochs=4), **{f"beta {b}": dict(beta=b) for b in BETAS},
+                **{f"{n} calibration rows": dict(calibration=n) for n in TWINS}, "turned round": dict(reverse=True)}
+
+
+def refusal_configs(seeds):
+    base = dict(epochs=2, beta=.1, calibration=0, reverse=False, limit=LIMIT, **SAFETY)
+    return [dict(arm=arm, seed=seed, **{**base, **change}) for seed in seeds for arm, change in REFUSAL_ARMS.items()]
+
+
+def asked(model, tokenizer, config):
+    "Rates and leans on held-out topics, and what was said to the first of them."
+    from dpo_literate.probes.refusal import ask_model, contrast_set
+    items, out = contrast_set("held_out"), {}
+    model.eval()
+    for side in ("safe", "unsafe"):
+        said = ask_model(model, tokenizer, [getattr(c, side) for c in items], limit=config["limit"], seed=config["seed"])
+        out |= {f"{side}_refused": said.refused.mean().item(), f"{side}_lean": said.lean.mean().item(), f"{side}_each": said.refused.tolist()}
+        if side == "safe": out["replies"] = [r[0][:160] for r in said.replies[:8]]
+    return out
+
+
+def refusal_cell(config):
+    from transformers import PrinterCallback, TrainerCallback
+
+    from dpo_literate.preferences import as_chat
+    from dpo_literate.probes.refusal import contrast_set, safety_pairs
+    from dpo_literate.trainer import DPOConfig, DPOTrainer
+    tokenizer, read = load_tokenizer("bundled"), {}
+    if not config["epochs"]: return dict(epochs={0: asked(load_model("bundled"), tokenizer, config)})
+    pairs = [as_chat(p) for p in safety_pairs(contrast_set("train"), config["calibration"], config["reverse"], config["seed"])]
+
+    class Ask(TrainerCallback):
+        def on_epoch_end(self, args, state, control, model=None, **_):
+            epoch = round(state.epoch)
+            if epoch == config["epochs"] or epoch in EPOCHS and config["epochs"] == max(EPOCHS):
+                read[epoch] = asked(model, tokenizer, config)
+                model.train()
+    args = DPOConfig(str(CELLS / "trainer" / f"refusal_{config['seed']}"), seed=config["seed"], beta=config["beta"], num_train_epochs=config["epochs"],
+                     save_strategy="no", report_to=[], disable_tqdm=True, **SAFETY)
+    trainer = DPOTrainer("bundled", args=args, train_dataset=pairs, processing_class=tokenizer, callbacks=[Ask()])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    last = [h for h in trainer.state.log_history if "rewards/margins" in h][-1]
+    return dict(epochs=read, margin=last["rewards/margins"], safe=read[config["epochs"]]["safe_refused"], unsafe=read[config["epochs"]]["unsafe_refused"])
+
+
+def record_refusal(configs):
+    cells = gathered("refusal", configs)
+    seeds, command = sorted({c["config"]["seed"] for c in cells}), "python benchmarks/probes.py refusal --record"
+    def at(arm, epochs, name): return [next(c["values"]["epochs"][str(epochs)][name] for c in cells if c["config"]["arm"] == arm and c["config"]["seed"] == seed) for seed in seeds]
+    states = [("before", "before", 0), *((f"refuse, {e} epoch{'s' * (e > 1)}", "refuse", e) for e in EPOCHS), *((arm, arm, 2) for arm in REFUSAL_ARMS if arm not in ("before", "refuse"))]
+    names = ("safe_refused", "unsafe_refused", "safe_lean", "unsafe_lean")
+    save_result("refusal", dict(states={label: {name: at(arm, e, name) for name in names} for label, arm, e in states},
+                                replies={label: at(arm, e, "replies")[0] for label, arm, e in states}), command=command,
+                config=dict(**SAFETY, epochs=EPOCHS, betas=(.1, *BETAS), calibration=(0, *TWINS), limit=LIMIT, pairs=24, held_out=24, model="bundled"), seed=seeds,
+                seconds=sum(c["seconds"] for c in cells), what="Share of held-out harmless and harmful prompts refused before and after DPO on safety pairs, bundled model, full fine-tuning")
+    setup = f"SmolLM2-135M-Instruct, 24 safety pairs, lr {SAFETY['learning_rate']:g}, 2 epochs at β 0.1 unless said; 24 held-out prompts a side, {LIMIT} tokens"
+    def row(claim, source, paper, values, wanted):
+        low, high = bootstrap_interval(values)
+        sure = low > 0 or high < 0
+        return dict(claim=claim, source=source, paper_figure=paper, setup=setup, ours=sum(values) / len(values), low=low, high=high, seeds=seeds,
+                    verdict="too small to tell" if not sure else "held" if (low > 0) == (wanted > 0) else "did not hold", command=command)
+    def gap(a, b, name): return [x - y for x, y in zip(at(*a, name), at(*b, name))]
+    start, two = ("before", 0), ("refuse", 2)
+    save_claims("refusal", [
+        row("safety pairs raise refusals of harmful prompts (share)", "arXiv:2308.01263", "Mistral, guard prompt: 23.5 → 87.5 %", gap(two, start, "unsafe_refused"), 1),
+        row("and refusals of harmless look-alikes with them (share)", "arXiv:2308.01263", "Mistral, guard prompt, full: 0.8 → 9.6 %", gap(two, start, "safe_refused"), 1),
+        row("harmful prompts gain more refusals than harmless ones (share)", "arXiv:2308.01263", "+64 against +8.8 points", [u - s for u, s in zip(gap(two, start, "unsafe_refused"), gap(two, start, "safe_refused"))], 1),
+        row("four epochs refuse more of the harmless than one (share)", "formula (31.2), reconstructed", None, gap(("refuse", 4), ("refuse", 1), "safe_refused"), 1),
+        row("β = 0.5 refuses less of the harmless than β = 0.03 (share)", "formula (31.2), late", None, gap((f"beta {BETAS[1]}", 2), (f"beta {BETAS[0]}", 2), "safe_refused"), -1),
+        row("a calibration row for each pair lowers refusals of the harmless (share)", "formula (31.1), reconstructed", None, gap((f"{TWINS[1]} calibration rows", 2), two, "safe_refused"), -1),
+        row("the price: it lowers refusals of the harmful too (share)", "formula (31.1), reconstructed", None, gap((f"{TWINS[1]} calibration rows", 2), two, "unsafe_refused"), -1),
+        row("pairs turned round lower refusals of harmful prompts (share)", "arXiv:2410.08847 §6", "74.4 → 33.4 % (by displacement)", gap(("turned round", 2), start, "unsafe_refused"), -1)])
+
+
+def record_xstest(configs):
+    from dpo_literate.probes.refusal import LABELS, agreement, looks_unsafe, validation, verdict_of
+    if data_dir() is None: raise Refusal("no data: set DPO_LITERATE_DATA to the folder that holds xstest")
+    began, folder = time.time(), data_dir() / "xstest"
+    with gzip.open(folder / "mistral_completions.jsonl.gz", "rt", encoding="utf-8") as lines: rows = [json.loads(line) for line in lines]
+    prompts = [json.loads(line) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    wrong = [(LABELS[r["annotation"]], verdict_of(r["completion"]), r) for r in rows]
+    errors = [dict(human=h, ours=o, prompt=r["prompt"], begins=" ".join(r["completion"].split()[:11]))
+              for kind in (("refusal", "compliance"), ("compliance", "refusal"), ("partial", "refusal")) for h, o, r in [w for w in wrong if w[:2] == kind][::4][:4]]
+    save_result("refusal_xstest", dict(completions=validation(rows), prompts=agreement([looks_unsafe(p["prompt"]) for p in prompts], [p["label"] == "unsafe" for p in prompts])._asdict(), errors=errors),
+                command="python benchmarks/probes.py xstest --record", config=dict(data="xstest", completions=len(rows), prompts=len(prompts)), seed=None, seconds=time.time() - began,
+                what="Agreement of the judges of page 31 with XSTest's human labels (Mistral-7B-Instruct completions; prompts)")
+
+
+PAGES = {"displacement": (displacement_configs, displacement_cell, record_displacement, (0, 1, 2)), "tdi": (tdi_configs, tdi_cell, record_tdi, (0, 1, 2, 3, 4)),
+         "refusal": (refusal_configs, refusal_cell, record_refusal, (0, 1, 2)), "xstest": (lambda seeds: [], None, record_xstest, ())}
 
 
 def main(argv=None):

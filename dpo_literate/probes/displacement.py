@@ -6,18 +6,22 @@
 __all__ = ['REMEDIES', 'Account', 'account', 'shift_of', 'log_lines', 'plot_shifts', 'fork_rows', 'pair_logps', 'fork_mass',
            'sample_replies', 'logps_of', 'Moved', 'mass_moved', 'next_token_mass', 'ches_scores', 'one_step_shift',
            'rank_correlation', 'length_offsets', 'length_share', 'remedy', 'DisplacementMonitor', 'in_words', 'advice',
-           'displacement_probe', 'displacement_figure']
+           'displacement_probe', 'displacement_figure', 'shipped_pairs', 'fresh', 'probe', 'report_words']
 
 # %% ../../nbs/32_displacement.ipynb #05f0f894
 import dataclasses, math
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, TrainerCallback
+from ..align import ask, sample, split_prompts
 from ..logps import pad_rows, reply_logps
 from ..losses import get_loss
 from ..plots import COLORS, finish, new_fig
-from .base import Probe, Reading, interval_of, scored_states
+from .base import Probe, ProbeReport, Reading, change_of, interval_of, scored_states
+from ..preferences import as_chat
+from .refusal import contrast_set, safety_pairs
 from ..results import bootstrap_interval
 from ..rows import Row, encode_pairs
 
@@ -327,3 +331,58 @@ def displacement_figure(
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach), xlabel="rejected reply (nat)", ylabel="chosen reply (nat)",
            title=f"{(shift[:, 0] < 0).double().mean():.0%} of the chosen replies fell")
     return finish(fig)
+
+# %% ../../nbs/32_displacement.ipynb #96077f29
+def shipped_pairs(tokenizer)->list: # pairs of page 31, as the tokenizer wants them
+    "Pairs for a probe that was given none."
+    pairs = safety_pairs(contrast_set("held_out"), calibration=24)
+    return [as_chat(p) for p in pairs] if tokenizer.chat_template else pairs
+
+def fresh(
+    model, reference, tokenizer, # after, before, and the tokenizer of both
+    prompts:list[str],           # what the user says
+    per_prompt:int=2,            # replies of each model to each
+    limit:int=40,                # most tokens of a reply
+    seed:int=0,
+)->tuple[Tensor,Tensor,Tensor]:  # tokens of a reply before and after; share moved: each a mean a prompt, (P,)
+    "Fresh replies of both models: their length, and how much of the new one's probability is new."
+    drawn = {m: sample(m, tokenizer, prompts, per_prompt=per_prompt, limit=limit, temperature=1., seed=seed) for m in {reference, model}}
+    length = {m: torch.tensor([sum(len(r["ids"]) for r in rs) / per_prompt for rs in replies], dtype=torch.float64) for m, replies in drawn.items()}
+    moved = []
+    for prompt, rs in zip(prompts, drawn[model]):
+        ids, said = ask(prompt, tokenizer), [r["ids"] for r in rs]
+        moved.append((1 - (logps_of(reference, ids, said) - logps_of(model, ids, said)).exp()).clamp(min=0).mean())
+    return length[reference], length[model], torch.stack(moved)
+
+# %% ../../nbs/32_displacement.ipynb #1b9482f6
+def probe(
+    model,               # after training
+    reference,           # before
+    tokenizer,           # of both
+    *,
+    pairs:list|None=None,# preference pairs, better held out; None: `shipped_pairs`
+    quick:bool=False,    # a quarter of the pairs and prompts
+    seed:int=0,          # of sampling
+    progress:bool=True,  # show a bar
+)->ProbeReport:
+    "Where did the probability go? Of fixed pairs, and of fresh replies."
+    step = 4 if quick else 1
+    rows = encode_pairs((pairs or shipped_pairs(tokenizer))[::step], tokenizer, max_length=1024, truncation="keep_start", identical="drop")[0]
+    logps, fork = {}, {}
+    for when, m in tqdm((("before", reference), ("after", model)), desc="reading pairs", disable=None if progress else True, leave=False):
+        logps[when], fork[when] = pair_logps(m, rows), fork_mass(m, rows)
+    old, new, moved = fresh(model, reference, tokenizer, split_prompts()[1][::5 * step], seed=seed)
+    shift, ordered = logps["after"] - logps["before"], {when: (v[:, 0] > v[:, 1]).double() for when, v in logps.items()}
+    table = [*(change_of(f"{side} reply (nat)", logps["before"][:, k], logps["after"][:, k]) for k, side in enumerate(("chosen", "rejected"))),
+             change_of("pairs with the chosen reply likelier (share)", ordered["before"], ordered["after"]),
+             *(change_of(f"at the fork: {who} (probability)", fork["before"][:, k], fork["after"][:, k]) for k, who in enumerate(("chosen token", "rejected token", "all others"))),
+             change_of("length of fresh replies (tokens, at most 40)", old, new), change_of("fresh replies whose probability is new (share)", torch.zeros_like(moved), moved)]
+    return ProbeReport("displacement", table, report_words(table), displacement_figure(shift))
+
+def report_words(table:list)->str: # rows of `probe`
+    "What happened, in two sentences."
+    chosen, rejected, length, new = table[0], table[1], table[-2], table[-1]
+    way = "fell" if chosen.high < 0 else "rose" if chosen.low > 0 else "stayed where they were, as far as these pairs can tell"
+    longer = "longer" if length.low > 0 else "shorter" if length.high < 0 else "about as long as before"
+    return (f"Chosen replies {way} ({chosen.difference:+.1f} nat; rejected {rejected.difference:+.1f}). "
+            f"{new.after:.0%} of the probability of fresh replies is new, and they are {longer} ({length.difference:+.1f} tokens).")
