@@ -285,5 +285,14 @@ def test_every_probe_answers_the_same_call(name):
     import importlib
     import inspect
     spec = inspect.signature(importlib.import_module(f"dpo_literate.probes.{name}").probe).parameters
-    assert list(spec) == ["model", "reference", "tokenizer", "quick", "seed", "progress"]
+    assert list(spec)[:3] == ["model", "reference", "tokenizer"] and all(p.default is not p.empty for p in list(spec.values())[3:])
     assert {k: spec[k].default for k in ("quick", "seed", "progress")} == dict(quick=False, seed=0, progress=True)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_all_four_probes_on_each_family(desk, kind, tmp_path):
+    code, out, err = here("probe", "--model", desk / f"{kind}-after", "--reference", desk / f"{kind}-before", "--quick", "--out", tmp_path)
+    assert code == 0 and "Traceback" not in err, err
+    found = json.loads((tmp_path / "probes.json").read_text())["reports"]
+    assert [r["name"] for r in found] == ["tdi", "refusal", "displacement", "honesty"] and all(r["rows"] and r["words"] for r in found)
+    assert (tmp_path / "report.html").read_text().count("data:image/png") == 4
