@@ -827,6 +827,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'dpo_literate.probes.report.probe_names': ( 'report.html#probe_names',
                                                                                         'dpo_literate/probes/report.py'),
                                             'dpo_literate.probes.report.put_on': ('report.html#put_on', 'dpo_literate/probes/report.py'),
+                                            'dpo_literate.probes.report.read_pairs': ( 'report.html#read_pairs',
+                                                                                       'dpo_literate/probes/report.py'),
                                             'dpo_literate.probes.report.report_page': ( 'report.html#report_page',
                                                                                         'dpo_literate/probes/report.py'),
                                             'dpo_literate.probes.report.run_probes': ( 'report.html#run_probes',

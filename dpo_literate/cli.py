@@ -350,6 +350,7 @@ def add_probe(p:argparse.ArgumentParser)->None:
     p.add_argument("--model", required=True, help="the model after training: a folder, an adapter's folder, \"bundled\" or a hub name")
     p.add_argument("--reference", required=True, help="the model before, likewise")
     p.add_argument("--probes", nargs="+", default=["all"], help="all, or some of tdi, refusal, displacement, honesty (all)")
+    p.add_argument("--pairs", help="a file of pairs, best held out, for the probes that read pairs (their own)")
     p.add_argument("--out", default="runs/probe", help="folder of the report (runs/probe)")
     p.add_argument("--quick", action="store_true", help="fewer items, wider intervals")
     p.add_argument("--seed", type=int, default=0, help="of what a probe draws (0)")

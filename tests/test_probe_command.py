@@ -65,8 +65,8 @@ def plant(monkeypatch, *names, act=lambda: None, words="as it was"):
     asked = []
     for k, name in enumerate(names or report.PROBES):
         module = type(sys)(f"planted_{name}")
-        def probe(model, reference, tokenizer, *, quick=False, seed=0, progress=True, name=name):
-            asked.append((name, quick, seed, weights_hash(model)[:8], weights_hash(reference)[:8]))
+        def probe(model, reference, tokenizer, *, pairs=None, quick=False, seed=0, progress=True, name=name):
+            asked.append((name, quick, seed, weights_hash(model)[:8], weights_hash(reference)[:8], pairs))
             act()
             return ProbeReport(name, [Change("size", .5, .75, .25, .1, .4), Change("share", .1, .1, 0., -.1, .1)], words, fig())
         module.probe = probe
@@ -121,6 +121,25 @@ def test_the_command_takes_an_adapter_against_its_base(desk, tmp_path, monkeypat
     assert page.count("data:image/png") == 4 and page.count("<section") == 4 and "1 of 2" in page
 
 
+def test_pairs_of_a_file_reach_the_probes_that_read_pairs(desk, tmp_path, monkeypatch):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(dict(prompt=f"dish {k}", chosen="yes", rejected="no")) + "\n" for k in range(70)))
+    asked = plant(monkeypatch)
+    assert here("probe", "--model", desk / "llama-after", "--reference", desk / "llama-before", "--out", tmp_path / "out", "--pairs", file)[0] == 0
+    assert all(len(a[5]) == report.MOST and a[5][3]["prompt"] == [{"role": "user", "content": "dish 3"}] for a in asked)
+    code, out, err = here("probe", "--model", desk / "llama-after", "--reference", desk / "llama-before", "--out", tmp_path / "out2", "--quick", "--probes", "honesty")
+    assert code == 0, err
+
+
+def test_real_probes_read_pairs_of_a_file(tmp_path):
+    model, reference = tiny_model(seed=1).float(), tiny_model().float()
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(dict(prompt=f"dish {k}", chosen=f"the answer is yes {k}", rejected="no")) + "\n" for k in range(8)))
+    pairs = report.read_pairs(str(file), tiny_tokenizer())
+    found = report.run_probes(model, reference, tiny_tokenizer(), ["tdi", "displacement"], pairs, progress=False, say=lambda _: None)
+    assert [r.name for r in found] == ["tdi", "displacement"] and all(r.rows for r in found)
+
+
 def test_a_trained_folder_can_be_probed(desk, tmp_path, monkeypatch):
     "What `train --lora-r` leaves is what `probe` takes."
     plant(monkeypatch, "honesty")
@@ -148,6 +167,10 @@ def spoil(desk, tmp_path, name):
     if name == "missing model": return args(tmp_path / "nowhere" / "at" / "all"), "does not exist"
     if name == "missing reference": return args(after, tmp_path / "nowhere" / "at" / "all"), "does not exist"
     if name == "no such hub name": return args("nobody/nothing"), "nobody/nothing"
+    if name in PAIRS:
+        bad.write_text("".join(json.dumps(p) + "\n" for p in PAIRS[name][0]))
+        return args(after, before, "--pairs", bad.rename(tmp_path / "pairs.jsonl")), PAIRS[name][1]
+    if name == "no pairs there": return args(after, before, "--pairs", tmp_path / "none.jsonl"), "none.jsonl"
     if name == "unknown probe": return args(after, before, "--probes", "honesty", "tdl"), "'tdl'"
     if name == "no probe": return args(after, before, "--probes", ","), "no probe"
     if name == "other vocabulary": return args(folder(bad, vocab_size=300)), "read text differently"
@@ -189,7 +212,9 @@ def spoil(desk, tmp_path, name):
     return args(), "is a file"
 
 
-BAD = ["missing model", "missing reference", "no such hub name", "unknown probe", "no probe", "other vocabulary", "same size, other words", "other number of rows", "pickle", "own code",
+ONE = dict(prompt="How?", chosen="So.", rejected="No.")
+PAIRS = {"pairs of other columns": ([dict(a="x", b="y")], "pairs.jsonl:1"), "one pair": ([ONE], "1 pairs"), "pairs that are no pairs": ([ONE, {**ONE, "rejected": "So."}], "1 pairs")}
+BAD = [*PAIRS, "no pairs there", "missing model", "missing reference", "no such hub name", "unknown probe", "no probe", "other vocabulary", "same size, other words", "other number of rows", "pickle", "own code",
        "adapter without weights", "adapter without base", "adapter config is not JSON", "adapter whose base is gone", "adapter of another shape", "adapter with another tokenizer",
        "out is a file", "out under a file"]
 
