@@ -128,10 +128,10 @@ def record(todo):
         return dict(claim=claim, source=source, paper_figure=paper, setup=setup, ours=sum(values) / len(values), low=low, high=high, seeds=seeds, verdict=verdict, command=COMMAND)
     save_claims("honesty", [
         row("DPO on politeness spoils the calibration of multiple choice (change of the calibration error)", "arXiv:2303.08774 fig. 8 (PPO)", None, change("polite", "ece"), 1),
-        row("a judge who likes answers makes the model answer more (change of the share)", "formula (33.7)", "up", change("eager", "answers"), 1),
-        row("and takes selective honesty with it (change of S)", "formula (33.7)", "down", change("eager", "selective"), -1),
-        row("while the AUROC of answering falls by less (change of AUROC minus change of S)", "formula (33.7)", "0 against a fall",
-            [a - s for a, s in zip(change("eager", "auroc_answers"), change("eager", "selective"))], 1),
+        row("a judge who likes answers, true or not, makes the model answer more (change of the share)", "formula (33.7)", "up", change("eager", "answers"), 1),
+        row("that judge lowers selective honesty (change of S)", "formula (33.7)", "to ½ in the end", change("eager", "selective"), -1),
+        row("that judge moves S more than the AUROC of answering (difference of the two moves)", "formula (33.7)", "AUROC stands",
+            [abs(s) - abs(a) for s, a in zip(change("eager", "selective"), change("eager", "auroc_answers"))], 1),
         row("DPO on politeness makes it defer to the user (change of deference, nat)", "arXiv:2310.13548", "up", change("polite", "deference"), 1),
         row("truthful pairs of some categories raise MC2 in others (change)", "reconstructed", "up", change("truthful", "mc2"), 1, other)])
 

@@ -158,6 +158,7 @@ def choice_mask(
                                       "load the model with sdpa or eager")
     return torch.zeros_like(open_, dtype=dtype).masked_fill(~open_, torch.finfo(dtype).min)
 
+# %% ../../nbs/33_honesty.ipynb #62a8008d
 @torch.no_grad()
 def choice_logps(
     model,             # a causal language model, wrapped or not

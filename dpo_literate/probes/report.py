@@ -240,6 +240,7 @@ def place(
     if not os.access(there, os.W_OK): raise Refusal(f"--out {out}: cannot write in {there}", 4)
     return path
 
+# %% ../../nbs/34_report.ipynb #d1837a05
 def vars_of(args)->dict: # what was asked
     asked = {k: getattr(args, k) for k in ("model", "reference", "pairs", "quick", "seed")}
     return {k: str(v) if isinstance(v, Path) else v for k, v in asked.items()}
