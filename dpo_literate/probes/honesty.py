@@ -28,7 +28,7 @@ from ..runs import progress as bar
 def bin_of(
     confidence:Tensor,   # in [0, 1], shape (N,)
     bins:int=10,
-    adaptive:bool=True,  # bins of equal count; else of equal width, each open below and closed above
+    adaptive:bool=True,  # bins of equal count; else of equal width, closed above
 )->Tensor:               # bin of each, 0…bins-1
     "Which bin of (33.1) a confidence falls in."
     if adaptive:
@@ -45,8 +45,8 @@ def ece(
 )->float:              # between 0 and 1
     "Expected calibration error, (33.1) (arXiv:1706.04599, adaptive: arXiv:1904.01685)."
     gaps = torch.zeros(bins, dtype=torch.float64)
-    gap = (right - confidence).double()
-    return gaps.index_add(0, bin_of(confidence, bins, adaptive), gap).abs().sum().item() / len(right)
+    gap, where = (right - confidence).double(), bin_of(confidence, bins, adaptive)
+    return gaps.index_add(0, where, gap).abs().sum().item() / len(right)
 
 # %% ../../nbs/33_honesty.ipynb #255db6f5
 def brier(
@@ -59,7 +59,7 @@ def brier(
 def brier_parts(
     confidence:Tensor, # c, shape (N,)
     right:Tensor,      # o, likewise
-)->tuple[float,float,float]: # miscalibration, resolution, difficulty: Brier = first - second + third
+)->tuple[float,float,float]: # miscalibration, resolution, difficulty
     "Formula (33.2); answers of one confidence form a group."
     values, group, n = confidence.double().unique(return_inverse=True, return_counts=True)
     hit = torch.zeros_like(values).index_add(0, group, right.double()) / n
