@@ -182,14 +182,16 @@ a.tile{color:inherit;text-decoration:none}section figure{margin:1.2rem 0 0;overf
 @media(max-width:640px){section table,section thead,section tbody{display:block}
 section tr{display:grid;grid-template-columns:1fr 1fr 1fr 2fr;border-bottom:1px solid var(--line);padding:.45rem 0}
 section td,section th,section td.n,section th.n{border:0;padding:.1rem .15rem}section td:first-child{grid-column:1/-1}
-section th:first-child{display:none}section figure img{min-width:560px}}
+section th:first-child{display:none}section figure img.wide{min-width:560px}}
 """
 
 # %% ../../nbs/34_report.ipynb #10974200
 def figure_html(report:ProbeReport)->str: # the picture inside the page, or nothing
     if report.figure is None: return ""
-    data = b64encode(picture(report.figure)).decode()
-    return f'<figure><img alt="{html.escape(report.name)}, before and after" src="data:image/png;base64,{data}"></figure>'
+    data, width = b64encode(picture(report.figure)).decode(), report.figure.get_size_inches()[0]
+    shape = f'class="{"wide" if width > 6 else "small"}" style="max-width:{110 * width:.0f}px"'
+    name = html.escape(report.name)
+    return f'<figure><img {shape} alt="{name}, before and after" src="data:image/png;base64,{data}"></figure>'
 
 def section_html(report:ProbeReport)->str: # heading, words, table, picture
     "One probe of the page."
