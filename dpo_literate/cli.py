@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ELSEWHERE', 'OWN', 'check_data', 'losses', 'quiet', 'demo', 'complain', 'as_arguments', 'read_recipe', 'Strict',
            'read_settings', 'train_options', 'rows_of', 'train', 'make_trainer', 'finish_training', 'settings_help',
-           'parser', 'add_demo', 'add_train', 'add_reward_train', 'later', 'add_ppo', 'add_frontier', 'main']
+           'parser', 'add_demo', 'add_train', 'add_reward_train', 'later', 'add_ppo', 'add_frontier', 'add_probe',
+           'main']
 
 # %% ../nbs/11a_cli.ipynb #8e48080d
 import argparse, ast, dataclasses, difflib, os, signal, sys, time
@@ -264,6 +265,7 @@ def parser()->argparse.ArgumentParser:
     add_reward_train(commands.add_parser("reward-train", help="train a reward model on a file of pairs"))
     add_ppo(commands.add_parser("ppo", help="train a policy by PPO on a reward"))
     add_frontier(commands.add_parser("frontier", help="reward against KL for DPO, PPO, SFT, unlikelihood and best-of-n"))
+    add_probe(commands.add_parser("probe", help="hold an aligned model against its start: style, refusal, displacement, honesty"))
     return top
 
 # %% ../nbs/11a_cli.ipynb #34054eff
@@ -341,6 +343,18 @@ def add_frontier(p:argparse.ArgumentParser)->None:
     for name in ("model", "reward"): p.add_argument(f"--{name}")
     for name in ("rank", "epochs", "per_prompt", "max_new_tokens", "batch_size"): p.add_argument(f"--{name.replace('_', '-')}", type=int)
     p.set_defaults(run=lambda args: later("frontier", "main_frontier", args))
+
+# %% ../nbs/11a_cli.ipynb #b6d0e134
+def add_probe(p:argparse.ArgumentParser)->None:
+    "Arguments of `probe`, page 34."
+    p.add_argument("--model", required=True, help="the model after training: a folder, an adapter's folder, \"bundled\" or a hub name")
+    p.add_argument("--reference", required=True, help="the model before, likewise")
+    p.add_argument("--probes", nargs="+", default=["all"], help="all, or some of tdi, refusal, displacement, honesty (all)")
+    p.add_argument("--pairs", help="a file of pairs, best held out, for the probes that read pairs (their own)")
+    p.add_argument("--out", default="runs/probe", help="folder of the report (runs/probe)")
+    p.add_argument("--quick", action="store_true", help="fewer items, wider intervals")
+    p.add_argument("--seed", type=int, default=0, help="of what a probe draws (0)")
+    p.set_defaults(run=lambda args: later("probes.report", "main_probe", args))
 
 # %% ../nbs/11a_cli.ipynb #6085b613
 def main(
