@@ -19,7 +19,7 @@ import torch
 
 from dpo_literate.models import load_model, load_tokenizer
 from dpo_literate.results import Refusal, bootstrap_interval, data_dir, repo_dir, save_claims, save_result, write_atomic
-from dpo_literate.secalign import (ATTACKS, DEFENCES, PLACES, answers, asr, attack_suite, chat, gcg_attacks, own_replies, query, secalign_pairs, utility)
+from dpo_literate.secalign import ATTACKS, DEFENCES, PLACES, asr, attack_suite, gcg_attacks, own_replies, secalign_pairs, utility
 
 CELLS = repo_dir() / "runs" / "secalign"
 TRAINED = ("undefended", "StruQ", "SecAlign", "SecAlign, random place", "SecAlign++")
@@ -27,18 +27,21 @@ WORDS = tuple(name for name in DEFENCES if name != "none")
 ARMS = TRAINED + ("no front end", *WORDS, "SecAlign, half dial")
 SEARCHED = ("undefended", "StruQ", "SecAlign", "SecAlign++")
 TWO, FIVE = ("completion_real", "completion_realcmb"), ("naive", "ignore", "escape_separation", "completion_other", "completion_othercmb")
-SETTINGS = dict(train=128, held=16, per_instruction=4, prompt_tokens=48, reply_tokens=20, limit=12, utility_limit=20, own_limit=20, batch=8, epochs=1.,
-                sft_lr=4e-4, dpo_lr=4e-4, beta=.1, rank=16, alpha=32, gcg=dict(tasks=2, steps=10, length=10, top_k=64, width=24))
-MEMORY = {}
+TRAINING = dict(train=128, held=16, per_instruction=4, prompt_tokens=48, reply_tokens=20, own_limit=20, batch=8, epochs=1., sft_lr=4e-4, dpo_lr=4e-4, beta=.1, rank=16, alpha=32)
+TESTING = dict(limit=12, utility_limit=20, gcg=dict(tasks=2, steps=10, length=10, top_k=64, width=24))
+SETTINGS = {**TRAINING, **TESTING}
 
 
 def key(config): return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def name_of(arm, seed): return f"{arm.replace(' ', '-').replace(',', '')}_{seed}"
+
+
 def config_of(arm, seed): return dict(arm=arm, seed=seed, **SETTINGS)
 
 
-def cell_path(config): return CELLS / f"{config['arm'].replace(' ', '-').replace(',', '')}_{config['seed']}_{key(config)}.json"
+def cell_path(config): return CELLS / f"{name_of(config['arm'], config['seed'])}_{key(config)}.json"
 
 
 def tasks(seed, tokenizer):
@@ -57,76 +60,75 @@ def tasks(seed, tokenizer):
     return train[:SETTINGS["train"]], held
 
 
-def trained(model, tokenizer, pairs, seed, loss, learning_rate, targets):
-    "The model with an adapter, trained by the trainer of page 10; its log."
+def train(model, tokenizer, pairs, seed, loss, learning_rate, targets, folder):
+    "Train an adapter by the trainer of page 10 and keep it, with the last line of its log."
     from peft import LoraConfig
     from transformers import PrinterCallback
 
     from dpo_literate.trainer import DPOConfig, DPOTrainer
-    args = DPOConfig(str(CELLS / "trainer" / str(seed)), loss_type=[loss], beta=SETTINGS["beta"], learning_rate=learning_rate, num_train_epochs=SETTINGS["epochs"],
-                     per_device_train_batch_size=SETTINGS["batch"], lr_scheduler_type="cosine", seed=seed, bf16=True, use_cpu=True, save_strategy="no",
+    args = DPOConfig(str(CELLS / "trainer" / folder.name), loss_type=[loss], beta=TRAINING["beta"], learning_rate=learning_rate, num_train_epochs=TRAINING["epochs"],
+                     per_device_train_batch_size=TRAINING["batch"], lr_scheduler_type="cosine", seed=seed, bf16=True, use_cpu=True, save_strategy="no",
                      report_to=[], disable_tqdm=True, logging_steps=1)
-    adapter = LoraConfig(r=SETTINGS["rank"], lora_alpha=SETTINGS["alpha"], target_modules=targets, task_type="CAUSAL_LM")
+    adapter = LoraConfig(r=TRAINING["rank"], lora_alpha=TRAINING["alpha"], target_modules=targets, task_type="CAUSAL_LM")
     trainer = DPOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer, peft_config=adapter)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    trainer.model.save_pretrained(folder)
     lines = [h for h in trainer.state.log_history if "rewards/margins" in h]
-    return trainer.model.eval(), {k: round(lines[-1][k], 3) for k in ("loss", "rewards/margins", "rewards/accuracies")}
+    write_atomic(folder / "log.json", json.dumps({k: round(sum(h[k] for h in lines[-4:]) / len(lines[-4:]), 3) for k in ("loss", "rewards/margins", "rewards/accuracies")}))
 
 
-def start(seed):
-    "What the arms of a seed share: tasks, and the undefended model, which has learnt tasks and has never met an attack."
+def adapter(arm, seed, tokenizer, rows):
+    "The folder of a trained arm's adapter, trained where it is not there."
+    folder = CELLS / "adapters" / f"{name_of(arm, seed)}_{key(TRAINING)}"
+    if (folder / "log.json").is_file(): return folder
+    begun = time.process_time()
+    if arm in ("undefended", "StruQ"):
+        shares = dict(clean=1.) if arm == "undefended" else dict(clean=.5, completion=.5)
+        train(load_model("bundled"), tokenizer, secalign_pairs(rows, tokenizer, seed=seed, **shares), seed, "sft", TRAINING["sft_lr"], "all-linear", folder)
+    else:
+        if arm == "SecAlign++": rows = own_replies(undefended(seed, tokenizer, rows).bfloat16(), tokenizer, rows, TRAINING["own_limit"])
+        pairs = secalign_pairs(rows, tokenizer, places=("end",) if arm == "SecAlign" else PLACES, seed=seed)
+        train(undefended(seed, tokenizer, rows), tokenizer, pairs, seed, "sigmoid", TRAINING["dpo_lr"], ["q_proj", "v_proj"], folder)
+    print(f"  trained {arm}, seed {seed}: {time.process_time() - begun:.0f} s of one core", flush=True)
+    return folder
+
+
+def undefended(seed, tokenizer, rows):
+    "The model that has learnt tasks and has never met an attack: the start of SecAlign."
     from peft import PeftModel
-    if MEMORY.get("seed") != seed:
-        MEMORY.clear()
-        tokenizer = load_tokenizer("bundled")
-        train, held = tasks(seed, tokenizer)
-        MEMORY.update(seed=seed, tokenizer=tokenizer, train=train, held=held)
-        folder = CELLS / f"undefended_{seed}_{key(SETTINGS)}"
-        if not (folder / "adapter_config.json").is_file():
-            model, MEMORY["log"] = trained(load_model("bundled"), tokenizer, secalign_pairs(train, tokenizer, clean=1., seed=seed), seed, "sft", SETTINGS["sft_lr"], "all-linear")
-            model.save_pretrained(folder)
-        MEMORY["folder"], MEMORY["wrap"] = folder, PeftModel
-    return MEMORY
+    return PeftModel.from_pretrained(load_model("bundled"), adapter("undefended", seed, tokenizer, rows)).merge_and_unload().eval()
 
 
-def undefended(s): return s["wrap"].from_pretrained(load_model("bundled"), s["folder"]).merge_and_unload().eval()
-
-
-def victim(arm, s):
-    "The model of an arm, and what its training logged."
-    tokenizer, train, seed = s["tokenizer"], s["train"], s["seed"]
-    if arm in ("undefended", "no front end", *WORDS): return undefended(s), {}
-    if arm == "StruQ":
-        pairs = secalign_pairs(train, tokenizer, completion=.5, clean=.5, seed=seed)
-        return trained(load_model("bundled"), tokenizer, pairs, seed, "sft", SETTINGS["sft_lr"], "all-linear")
-    if arm in s: return s[arm]
-    base = undefended(s)
-    rows = own_replies(base.bfloat16(), tokenizer, train, SETTINGS["own_limit"]) if arm == "SecAlign++" else train
-    pairs = secalign_pairs(rows, tokenizer, places=PLACES if arm != "SecAlign" else ("end",), seed=seed)
-    return trained(base.float() if arm != "SecAlign++" else undefended(s), tokenizer, pairs, seed, "sigmoid", SETTINGS["dpo_lr"], ["q_proj", "v_proj"])
+def victim(arm, seed, tokenizer, rows):
+    "The model of an arm, in bfloat16, its adapter on where it has one."
+    from peft import PeftModel
+    if arm == "StruQ": return PeftModel.from_pretrained(load_model("bundled"), adapter(arm, seed, tokenizer, rows)).eval().bfloat16()
+    base = undefended(seed, tokenizer, rows)
+    if arm == "undefended": return base.bfloat16()
+    return PeftModel.from_pretrained(base, adapter(arm, seed, tokenizer, rows)).eval().bfloat16()
 
 
 def cell(config):
-    "Train the arm, attack it, see whether it still does its tasks."
+    "Attack an arm, and see whether it still does its tasks."
     from contextlib import nullcontext
 
     from peft.helpers import rescale_adapter_scale
-    arm, s = config["arm"], start(config["seed"])
-    half = arm == "SecAlign, half dial"
-    model, log = victim("SecAlign" if half else arm, s)
-    if arm == "SecAlign": s["SecAlign"] = (model, log)
-    model, tokenizer, held = model.bfloat16(), s["tokenizer"], s["held"]
-    attacks = TWO if arm == "no front end" else FIVE if arm in WORDS or half else tuple(ATTACKS)
-    how = dict(defence=arm if arm in WORDS else "none")
+    arm, seed, tokenizer = config["arm"], config["seed"], load_tokenizer("bundled")
+    rows, held = tasks(seed, tokenizer)
+    half, words = arm == "SecAlign, half dial", arm in WORDS
+    of = "SecAlign" if half else "undefended" if words or arm == "no front end" else arm
+    model, folder = victim(of, seed, tokenizer, rows), adapter(of, seed, tokenizer, rows)
+    attacks = TWO if arm == "no front end" else FIVE if words or half else tuple(ATTACKS)
+    how = dict(defence=arm if words else "none")
     with rescale_adapter_scale(model, .5) if half else nullcontext():
-        found = attack_suite(model, tokenizer, held, attacks, filtered=arm != "no front end", limit=SETTINGS["limit"], seed=config["seed"], **how)
-        done = utility(model, tokenizer, held, limit=SETTINGS["utility_limit"], **how)
-        budget = dict(SETTINGS["gcg"])
-        searched = gcg_attacks(model, tokenizer, held[:budget.pop("tasks")], limit=SETTINGS["limit"], seed=config["seed"], **budget) if arm in SEARCHED else []
-    return dict(max=max(asr(found).values()), max_contain=max(asr(found, "contain").values()), overlap=sum(done) / len(done), log=log, utility=[round(v, 3) for v in done],
-                begin={n: sum(f["begin"]) for n, f in found.items()}, contain={n: sum(f["contain"]) for n, f in found.items()}, said={n: f["replies"][0] for n, f in found.items()},
-                gcg=[{k: round(v, 2) if isinstance(v, float) else v for k, v in g.items()} for g in searched])
+        found = attack_suite(model, tokenizer, held, attacks, filtered=arm != "no front end", limit=TESTING["limit"], seed=seed, **how)
+        done = utility(model, tokenizer, held, limit=TESTING["utility_limit"], **how)
+    budget = dict(TESTING["gcg"])
+    searched = gcg_attacks(model, tokenizer, held[:budget.pop("tasks")], limit=TESTING["limit"], seed=seed, **budget) if arm in SEARCHED else []
+    return dict(max=max(asr(found).values()), max_contain=max(asr(found, "contain").values()), overlap=sum(done) / len(done), utility=[round(v, 3) for v in done],
+                log=json.loads((folder / "log.json").read_text()), begin={n: sum(f["begin"]) for n, f in found.items()}, contain={n: sum(f["contain"]) for n, f in found.items()},
+                said={n: f["replies"][0] for n, f in found.items()}, gcg=[{k: round(v, 2) if isinstance(v, float) else v for k, v in g.items()} for g in searched])
 
 
 def work(configs, minutes):

@@ -11,17 +11,16 @@ __all__ = ['RESERVED', 'STRUQ', 'STYLES', 'REPLY_WORDS', 'TASK_WORDS', 'CASES', 
            'target_loss', 'Slot', 'suffix_slot', 'writable', 'swaps', 'Search', 'gcg', 'table_of', 'gcg_attacks',
            'main_attack']
 
-# %% ../nbs/22_secalign.ipynb #72d2bcac
-import argparse, base64, copy, dataclasses, math, random, re
+# %% ../nbs/22_secalign.ipynb #97761595
+import argparse, base64, copy, random, re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import Tensor
 from .align import sample_batch
 from .logps import unwrapped
-from .plots import COLORS, finish, new_fig
 from .preferences import parse_json, read_lines
 from .results import Refusal, bootstrap_interval, to_json, write_atomic
 from .rows import control_ids, encode_prompt, encode_text, render

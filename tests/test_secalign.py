@@ -9,11 +9,11 @@ import torch
 
 from dpo_literate.models import tiny_model, write_folder
 from dpo_literate.results import Refusal
-from dpo_literate.rows import TEMPLATES, control_ids, encode_pairs, encode_text, render, tiny_tokenizer
+from dpo_literate.rows import control_ids, encode_pairs, encode_text, render, tiny_tokenizer
 from dpo_literate.secalign import (ATTACKS, DEFENCES, IGNORE, PAYLOAD, RESERVED, Search, answers, asr, attack_suite, attacked, begins, chat, check_tasks, contains,
                                    delimiters_of, first_sentence, forged_turns, front_end, gcg, injected, injected_prompt, main_attack, near_miss, overlap,
                                    own_replies, own_turns, placed, query, read_tasks, reserve_tokens, secalign_pairs, shipped_tasks, strip_delimiters,
-                                   suffix_slot, swaps, target_loss, utility, writable)
+                                   suffix_slot, swaps, utility, writable)
 
 TASKS = shipped_tasks()
 PLAIN = tiny_tokenizer()
