@@ -1,0 +1,374 @@
+"The hierarchy beyond the page: the front end on forged text, segments on any token string, every reference mode, resume, and the judge against loops."
+import copy
+import math
+import random
+import time
+from collections import Counter
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, PrinterCallback
+
+from dpo_literate.hierarchy import (DELIMITERS, FACTS, FAMILIES, FORBID, LOOKALIKES, NEEDLESS, OVERRIDES, PAIRS, PARTS, PERSONAS, HierarchyTrainer, KeepBest,
+                                    SegmentEmbedding, add_delimiters, add_segments, agreed, conflict, delimiter_ids, gravity, hierarchy_metrics, hierarchy_policy,
+                                    hierarchy_rows, hierarchy_state, in_stage, judge, load_hierarchy, load_hierarchy_state, look_alike, macro, make_items,
+                                    messages_of, ppa, refuses, replies_to, reserved_tokens, save_hierarchy, says, segments_of, strip_reserved, tables_of, whs)
+from dpo_literate.logps import pad_rows
+from dpo_literate.losses import dpo_loss
+from dpo_literate.models import no_dropout, tiny_config, tiny_model
+from dpo_literate.packing import pack_rows, packed_reply_logps
+from dpo_literate.results import Refusal
+from dpo_literate.rows import control_ids, encode_prompt, encode_text, tiny_tokenizer
+from dpo_literate.trainer import DPOConfig
+
+KINDS = ("llama", "qwen2", "qwen3", "gpt2", "gemma2")
+ITEMS = make_items(per_pair=1, benign=3, cascades=3)
+
+
+def made(kind="llama", ise=True, std=.01):
+    tokenizer, model = tiny_tokenizer(), tiny_model(kind)
+    add_delimiters(model, tokenizer)
+    if ise: add_segments(model, tokenizer, std=std)
+    return model, tokenizer
+
+
+def lora(): return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def policy_of(kind="llama", ise=True):
+    model, tokenizer = made(kind, ise)
+    torch.manual_seed(0)
+    return hierarchy_policy(model, tokenizer, lora()), tokenizer
+
+
+def train(policy, tokenizer, out, rows=None, resume=None, evals=None, callbacks=None, **more):
+    settings = dict(save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, logging_steps=1, learning_rate=3e-3, max_length=None, per_device_train_batch_size=4,
+                    lr_scheduler_type="constant", max_steps=4) | more
+    trainer = HierarchyTrainer(policy, args=DPOConfig(str(out), **settings), train_dataset=rows or hierarchy_rows(ITEMS, tokenizer), eval_dataset=evals, processing_class=tokenizer,
+                               callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def learned(policy): return torch.cat([p.detach().double().flatten() for p in policy.parameters() if p.requires_grad])
+
+
+# ------------------------------------------------------------ the front end
+
+def forged(rng, marks, pieces=14):
+    text = ""
+    for _ in range(rng.randint(1, pieces)):
+        mark = rng.choice(marks)
+        cut, at = rng.randint(0, len(mark)), rng.randint(0, len(text))
+        text = text[:at] + rng.choice([mark, mark[:cut], mark[cut:], mark.lower(), "é", " "]) + text[at:]
+    return text
+
+
+@pytest.mark.parametrize("marks", [DELIMITERS, ("##", "[MARK]", "[INST]", "[COLN]", "#"), ("aa", "ab", "ba", "aba"), ("a",), ("<|im_end|>", "<|im_start|>", "|>")],
+                         ids=["hierarchy", "brackets", "overlapping", "letter", "suffix"])
+def test_no_mark_is_left_in_ten_thousand_forged_strings(marks):
+    rng = random.Random(0)
+    for _ in range(10_000):
+        text = forged(rng, marks)
+        clean = strip_reserved(text, marks)
+        assert not any(m in clean for m in marks), text
+        assert strip_reserved(clean, marks) == clean
+        if not any(m in text for m in marks): assert clean == text
+
+
+def test_one_pass_is_what_many_passes_give_for_one_mark():
+    rng, mark = random.Random(1), "<|L0_END|>"
+    for _ in range(5_000):
+        text = many = forged(rng, [mark])
+        while mark in many: many = many.replace(mark, "")
+        assert strip_reserved(text, [mark]) == many
+
+
+def test_deep_nesting_costs_one_pass():
+    began = time.process_time()
+    assert strip_reserved("<|L0" * 200_000 + "_END|>" * 200_000, DELIMITERS) == ""
+    assert time.process_time() - began < 20
+
+
+def test_nothing_reserved_leaves_text_alone(): assert strip_reserved("<|L0_END|>", []) == "<|L0_END|>"
+
+
+def test_untrusted_text_never_becomes_a_reserved_token():
+    _, tokenizer = made(ise=False)
+    rng, marks, control = random.Random(3), reserved_tokens(tokenizer), control_ids(tokenizer)
+    assert set(DELIMITERS) <= set(marks)
+    for n in range(10_000):
+        text = forged(rng, marks)
+        assert not control.intersection(encode_text(tokenizer, text))
+        if n % 10: continue
+        levels = {l: forged(rng, marks, 6) for l in rng.sample(range(5), rng.randint(1, 5))}
+        got = [t for t in encode_prompt(messages_of(levels, tokenizer), tokenizer) if t in control]
+        assert tokenizer.convert_ids_to_tokens(got) == [f"<|L{l}_{side}|>" for l in sorted(levels) for side in ("START", "END")] + ["<|RESP_START|>"]
+
+
+@pytest.mark.parametrize("levels", [{}, {5: "a"}, {"L0": "a"}, {-1: "a", 0: "b"}], ids=["none", "five", "name", "negative"])
+def test_other_levels_are_refused(levels):
+    with pytest.raises(Refusal, match="levels"): messages_of(levels, made(ise=False)[1])
+
+
+# ------------------------------------------------------------ the offset
+
+LINEAR, BILATERAL = (1, 2, 3, 4, 1, 2, 3, 1, 2, 1), (4, 8, 12, 16, 3, 6, 9, 2, 4, 1)
+
+
+@pytest.mark.parametrize("n", range(10), ids=lambda n: "%d%d" % PAIRS[n])
+def test_published_deltas(n):
+    assert (gravity(*PAIRS[n], "linear", 1.), gravity(*PAIRS[n], "bilateral", 1.), gravity(*PAIRS[n], "none", 1.)) == (LINEAR[n], BILATERAL[n], 0)
+
+
+@pytest.mark.parametrize("delta,schedule,loss", [(-2, "linear", 1.171101), (-2, "bilateral", 2.126928), (5, "linear", .744397), (5, "bilateral", 1.541008)])
+def test_published_losses(delta, schedule, loss):
+    z = torch.zeros(1, dtype=torch.float64)
+    assert dpo_loss(z + delta, z, z, z, gravity(1, 3, schedule), .1)[0].item() == pytest.approx(loss, abs=1e-6)
+
+
+def test_offsets_of_rows():
+    items, tokenizer = make_items(per_pair=2, benign=3, cascades=6, aligned=1), made(ise=False)[1]
+    for schedule in ("none", "linear", "bilateral"):
+        for x, r in zip(items, hierarchy_rows(items, tokenizer, schedule, .7)):
+            i, j = min(x.chain), max(x.chain)
+            want = {"none": 0, "linear": j - i, "bilateral": (j - i) * (4 - i)}[schedule] if x.kind in ("conflict", "cascade") else 0
+            assert r.offset == pytest.approx(.7 * want, abs=1e-12)
+    constant, bilateral = ([r.offset for r in hierarchy_rows(items, tokenizer, s)] for s in ("constant", "bilateral"))
+    assert sum(constant) == pytest.approx(sum(bilateral)) and len({round(o, 9) for o in constant}) == 2
+
+
+# ------------------------------------------------------------ the data
+
+def test_held_out_is_held_out():
+    for table in (OVERRIDES, LOOKALIKES, PERSONAS, FORBID): assert not set(table["train"]) & set(table["held out"])
+    assert not {q for _, q, _ in FACTS["train"]} & {q for _, q, _ in FACTS["held out"]} and not {t for t, *_ in FACTS["train"]} & {t for t, *_ in FACTS["held out"]}
+    for name, f in FAMILIES.items():
+        assert not set(f.say.get("train", ())) & set(f.say["held out"])
+        if name != "case": assert not set(f.values.get("train", ())) & set(f.values["held out"])
+    assert [n for n, f in FAMILIES.items() if "train" not in f.values] == ["greeting"]
+    texts = {split: {t for x in make_items(split, 0, per_pair=30, benign=60, cascades=30) for t in x.levels.values()} for split in FACTS}
+    assert not texts["train"] & texts["held out"]
+
+
+@pytest.mark.parametrize("split", ["train", "held out"])
+def test_every_item_is_judged_as_it_was_made(split):
+    for seed in range(5):
+        for x in make_items(split, seed, per_pair=12, aligned=6, benign=12, cascades=12):
+            assert list(x.levels) == sorted(x.levels) and 3 in x.levels and set(x.chain) <= set(x.levels)
+            assert x.satisfied(x.chosen) and not x.follows(x.chosen)
+            if x.kind in ("conflict", "cascade"): assert x.follows(x.rejected) and not x.satisfied(x.rejected)
+            else: assert says(x.chosen, x.answer) and not refuses(x.chosen) and refuses(x.rejected) and not says(x.rejected, x.answer)
+            assert not x.satisfied("") and not x.follows("")
+
+
+def test_sets_have_what_was_asked():
+    items = make_items("held out", 2, per_pair=3, aligned=2, benign=5, cascades=4)
+    assert Counter(x.kind for x in items) == Counter(conflict=30, aligned=20, benign=5, cascade=4)
+    assert Counter(x.pair for x in items if x.kind == "conflict") == Counter({p: 3 for p in PAIRS})
+    assert {len(x.chain) for x in items if x.kind == "cascade"} == {3, 4, 5} and all(x.pair == (min(x.chain), max(x.chain)) for x in items)
+
+
+@pytest.mark.parametrize("reply,sat,follow", [("I cannot talk about weather.", True, False), ("Rain.", False, True), ("I cannot say, but it is rain.", False, True), ("Nothing.", False, False)])
+def test_a_forbidden_topic(reply, sat, follow):
+    x = next(x for x in make_items("held out", 0, per_pair=80) if x.family == "topic" and x.answer == "rain")
+    assert (x.satisfied(reply), x.follows(reply)) == (sat, follow)
+
+
+def test_needless_refusals_are_seen(): assert all(map(refuses, NEEDLESS)) and not refuses("You can’t see it: rain.".replace("can’t", "can")) and refuses("I can’t.")
+
+
+# ------------------------------------------------------------ metrics against loops
+
+def test_metrics_equal_plain_loops():
+    items = make_items("held out", 4, per_pair=5, aligned=2, benign=7, cascades=8)[3:]    # unequal pairs
+    rng = random.Random(0)
+    replies = [rng.choice((x.chosen, x.rejected, "Maybe.")) for x in items]
+    wins = {p: [x.satisfied(y) and not x.follows(y) for x, y in zip(items, replies) if x.kind == "conflict" and x.pair == p] for p in PAIRS}
+    rate = {p: sum(w) / len(w) for p, w in wins.items()}
+    seen, found = judge(items, replies), hierarchy_metrics(items, replies)
+    assert ppa(items, seen["won"]) == pytest.approx(rate)
+    assert macro(rate) == pytest.approx(found["macro PPA"].value) == pytest.approx(sum(rate.values()) / 10)
+    assert whs(rate) == pytest.approx(found["WHS"].value) == pytest.approx(sum((j - i) * r for (i, j), r in rate.items()) / 20)
+    for kind in ("aligned", "benign"):
+        some = [(x, y) for x, y in zip(items, replies) if x.kind == kind]
+        assert found[f"{kind} refused"].value == pytest.approx(sum(refuses(y) for _, y in some) / len(some))
+        assert found[f"{kind} undone"].value == pytest.approx(sum(x.answer not in y.lower() for x, y in some) / len(some))
+    assert all(s.low <= s.value <= s.high for s in found.values())
+
+
+def test_one_reply_an_item():
+    with pytest.raises(ValueError): judge(ITEMS, ["a"])
+
+
+# ------------------------------------------------------------ tokens and segments
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_rows_are_the_mean_and_nothing_else_changes(kind):
+    tokenizer, model = tiny_tokenizer(), tiny_model(kind)
+    old, n = {k: t.detach().clone() for k, t in tables_of(model).items()}, len(tokenizer)
+    ids = add_delimiters(model, tokenizer)
+    for name, table in tables_of(model).items():
+        assert torch.equal(table[ids], old[name][:n].mean(0).expand(12, -1)) and torch.equal(table[:n], old[name][:n])
+    assert tokenizer.convert_ids_to_tokens(ids) == list(DELIMITERS) and set(ids) <= control_ids(tokenizer)
+    with pytest.raises(Refusal, match="already"): add_delimiters(model, tokenizer)
+
+
+def by_loop(tokens):
+    out, now = [], 5
+    for t in tokens:
+        mark = t in DELIMITERS
+        if mark: now = PARTS.index(t[2:].split("_")[0])
+        out.append(now)
+        if mark and t.endswith("_END|>"): now = 5
+    return out
+
+
+def test_segments_of_any_string_of_marks():
+    tokenizer = made(ise=False)[1]
+    table, rng = SegmentEmbedding(delimiter_ids(tokenizer), 8), random.Random(0)
+    for _ in range(500):
+        tokens = [rng.choice([*DELIMITERS, "a", "b"]) for _ in range(rng.randint(1, 30))]
+        ids = torch.tensor([tokenizer.convert_tokens_to_ids(tokens)])
+        assert table.segments(ids)[0].tolist() == by_loop(tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_segments_are_the_plain_model(kind):
+    model, tokenizer = made(kind, ise=False)
+    rows = hierarchy_rows(ITEMS[:5], tokenizer)
+    plain = packed_reply_logps(model, pad_rows(rows)).sums
+    table = add_segments(model, tokenizer, std=0.)
+    assert torch.equal(packed_reply_logps(model, pad_rows(rows)).sums, plain)
+    with torch.no_grad(): table.weight.normal_(generator=torch.Generator().manual_seed(0))
+    packed, padded = (packed_reply_logps(model, b).sums for b in (pack_rows(rows)[0], pad_rows(rows)))
+    assert (packed - plain).abs().max() > 1e-3 and (packed - padded).abs().max() < (1e-4 if kind != "gpt2" else 1e-9) * plain.abs().max()
+    with pytest.raises(Refusal, match="already"): add_segments(model, tokenizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_with_a_cache_and_in_batches(kind):
+    model, tokenizer = made(kind, std=1.)
+    alone = [replies_to(model, tokenizer, [x], limit=6)[0] for x in ITEMS]
+    if kind != "gemma2": assert replies_to(model, tokenizer, ITEMS, limit=6, batch=5) == alone   # left-padded rows of this family are not finite
+    ids = torch.tensor([encode_prompt(messages_of(ITEMS[0].levels, tokenizer), tokenizer)])
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, eos_token_id=None, pad_token_id=0)
+    for t in range(ids.shape[1], said.shape[1]): assert model(said[:, :t]).logits[0, -1].argmax() == said[0, t]
+
+
+def test_a_copy_has_segments_of_its_own():
+    model, _ = made()
+    twin = copy.deepcopy(model)
+    with torch.no_grad(): segments_of(model).weight.add_(1.)
+    ids = torch.arange(20)[None]
+    assert not torch.equal(twin(ids).logits, model(ids).logits)
+    with torch.no_grad(): segments_of(twin).weight.add_(1.)
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+
+
+# ------------------------------------------------------------ training
+
+def tied(kind="llama"):
+    tokenizer, config = tiny_tokenizer(), tiny_config(kind, 320)
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    model = no_dropout(AutoModelForCausalLM.from_config(config, dtype=torch.float64)).eval()
+    add_delimiters(model, tokenizer); add_segments(model, tokenizer)
+    return hierarchy_policy(model, tokenizer, lora()), tokenizer
+
+
+@pytest.mark.parametrize("make", [tied, policy_of], ids=["tied", "two tables"])
+def test_only_the_rows_of_the_marks_learn(make, tmp_path):
+    policy, tokenizer = make()
+    before = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    train(policy, tokenizer, tmp_path)
+    tables = {id(t) for t in tables_of(policy).values()}
+    for n, p in policy.named_parameters():
+        if id(p) in tables:
+            changed = (p != before[n]).any(-1).nonzero()[:, 0].tolist()
+            assert changed and set(changed) <= set(delimiter_ids(tokenizer)), n
+        else: assert torch.equal(p, before[n]) != p.requires_grad, n
+    assert segments_of(policy).weight.requires_grad
+
+
+def test_every_reference_mode_gives_the_same_weights(tmp_path):
+    found = []
+    for mode in (None, False):
+        policy, tokenizer = policy_of()
+        train(policy, tokenizer, tmp_path / str(mode), precompute_ref_log_probs=mode)
+        found.append(learned(policy))
+    assert (found[0] - found[1]).abs().max() < 1e-6
+
+
+def test_a_frozen_reference_keeps_its_segments_in_full_training(tmp_path):
+    model, tokenizer = made("gpt2")
+    before = segments_of(model).weight.detach().clone()
+    trainer = train(hierarchy_policy(model, tokenizer), tokenizer, tmp_path, precompute_ref_log_probs=False)
+    assert torch.equal(segments_of(trainer.reference.model).weight, before) and not torch.equal(segments_of(model).weight, before)
+
+
+def test_weight_decay_is_refused(tmp_path):
+    with pytest.raises(Refusal, match="weight_decay"): train(*policy_of(), tmp_path, weight_decay=.01)
+
+
+def test_a_run_goes_on_to_the_bit_with_rows_and_segments(tmp_path):
+    whole, tokenizer = policy_of()
+    train(whole, tokenizer, tmp_path / "whole", save_strategy="steps", save_steps=2)
+    again, _ = policy_of()
+    train(again, tokenizer, tmp_path / "whole", save_strategy="steps", save_steps=2, resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert torch.equal(learned(whole), learned(again))
+
+
+def test_the_best_state_comes_back(tmp_path):
+    policy, tokenizer = policy_of()
+    keep, seen, rows = KeepBest(tokenizer), [], hierarchy_rows(ITEMS, tokenizer)
+    wild = dict(learning_rate=.3, eval_strategy="steps", eval_steps=1, max_steps=3)
+    trainer = train(policy, tokenizer, tmp_path, rows, evals=rows[:6], callbacks=[keep], **wild)
+    seen = [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
+    assert keep.loss == min(seen) < seen[-1], "the test wants a run that gets worse"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(seen), rel=1e-6)
+
+
+@pytest.mark.parametrize("gap,n", [(3, 3), (2, 6), (1, 10)])
+def test_stages_are_cumulative(gap, n):
+    items = make_items(per_pair=1, benign=4, cascades=0)
+    assert sum(in_stage(x, gap) for x in items) == n + 4
+
+
+@pytest.mark.parametrize("make", [tied, policy_of], ids=["tied", "two tables"])
+def test_saved_and_loaded(make, tmp_path):
+    policy, tokenizer = make()
+    base = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    train(policy, tokenizer, tmp_path / "run")
+    save_hierarchy(policy, tokenizer, tmp_path / "saved")
+    config = tiny_config("llama", 320); config.tie_word_embeddings = make is tied
+    fresh = no_dropout(AutoModelForCausalLM.from_config(config, dtype=torch.float64)).eval()
+    own = fresh.state_dict()
+    for n, p in base.items():
+        key = n.removeprefix("base_model.model.").replace(".base_layer", "")
+        if key in own: own[key].copy_(p[:len(own[key])])
+    loaded, again = load_hierarchy(fresh, tmp_path / "saved")
+    ids = torch.tensor([encode_prompt(messages_of(ITEMS[0].levels, tokenizer), tokenizer)])
+    assert (loaded(ids).logits - policy(ids).logits).abs().max() < 1e-5 and again.get_vocab() == tokenizer.get_vocab()
+    assert all(torch.equal(v, hierarchy_state(loaded, again)[k]) for k, v in hierarchy_state(policy, tokenizer).items())
+
+
+def test_a_state_of_another_model_is_refused():
+    with_segments, tokenizer = made()
+    without, other = made(ise=False)
+    with pytest.raises(Refusal, match="segments"): load_hierarchy_state(without, other, hierarchy_state(with_segments, tokenizer))
+    with pytest.raises(Refusal, match="no adapter"): save_hierarchy(without, other, "unused")
+    with pytest.raises(Refusal, match="add_delimiters"): delimiter_ids(tiny_tokenizer())
+
+
+@pytest.mark.parametrize("bad", [(2, 2), (3, 1), (-1, 2), (0, 5)], ids=str)
+def test_pairs_out_of_order_are_refused(bad):
+    with pytest.raises(Refusal, match="levels"): gravity(*bad)
+
+
+def test_controls_agree():
+    for x in (agreed((0, 3), random.Random(n)) for n in range(50)): assert not x.follows(x.rejected) and x.pair == (0, 3)
+    assert all(math.isnan(v) for v in judge([look_alike(1, random.Random(0))], ["a"])["won"].tolist())
+    assert conflict((0, 2, 4), random.Random(0)).kind == "cascade"
