@@ -27,7 +27,7 @@ WORDS = tuple(name for name in DEFENCES if name != "none")
 ARMS = TRAINED + ("no front end", *WORDS, "SecAlign, half dial")
 SEARCHED = ("undefended", "StruQ", "SecAlign", "SecAlign++")
 TWO, FIVE = ("completion_real", "completion_realcmb"), ("naive", "ignore", "escape_separation", "completion_other", "completion_othercmb")
-TRAINING = dict(train=128, held=16, per_instruction=4, prompt_tokens=48, reply_tokens=20, own_limit=20, batch=8, epochs=1., sft_lr=4e-4, dpo_lr=4e-4, beta=.1, rank=16, alpha=32)
+TRAINING = dict(train=144, held=16, per_instruction=4, prompt_tokens=48, reply_tokens=20, own_limit=20, batch=8, epochs=1., sft_lr=4e-4, dpo_lr=6e-4, beta=.1, rank=16, alpha=32)
 TESTING = dict(limit=12, utility_limit=20, gcg=dict(tasks=2, steps=10, length=10, top_k=64, width=24))
 SETTINGS = {**TRAINING, **TESTING}
 

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['RESERVED', 'STRUQ', 'STYLES', 'REPLY_WORDS', 'TASK_WORDS', 'CASES', 'PLACES', 'PAYLOAD', 'WITNESS', 'IGNORE',
-           'TONGUES', 'ATTACKS', 'DEFENCES', 'chat', 'query', 'reserve_tokens', 'strip_delimiters', 'delimiters_of',
-           'front_end', 'injected_prompt', 'forged_turns', 'completed', 'placed', 'injected', 'secalign_pairs',
-           'check_tasks', 'shipped_tasks', 'read_tasks', 'answers', 'first_sentence', 'own_replies', 'own_turns',
-           'near_miss', 'Attack', 'attacked', 'begins', 'contains', 'overlap', 'attack_suite', 'asr', 'utility',
-           'target_loss', 'Slot', 'suffix_slot', 'writable', 'swaps', 'Search', 'gcg', 'table_of', 'gcg_attacks',
-           'main_attack']
+           'TONGUES', 'ATTACKS', 'DEFENCES', 'chat', 'query', 'reserve_tokens', 'delimiters_of', 'front_end',
+           'injected_prompt', 'forged_turns', 'completed', 'placed', 'injected', 'secalign_pairs', 'check_tasks',
+           'shipped_tasks', 'read_tasks', 'answers', 'first_sentence', 'own_replies', 'own_turns', 'near_miss',
+           'Attack', 'attacked', 'begins', 'contains', 'overlap', 'attack_suite', 'asr', 'utility', 'target_loss',
+           'Slot', 'suffix_slot', 'writable', 'swaps', 'Search', 'gcg', 'table_of', 'gcg_attacks', 'main_attack']
 
 # %% ../nbs/22_secalign.ipynb #97761595
 import argparse, base64, copy, random, re
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from .align import sample_batch
+from .hierarchy import reserved_tokens, strip_reserved
 from .logps import unwrapped
 from .preferences import parse_json, read_lines
 from .results import Refusal, bootstrap_interval, to_json, write_atomic
@@ -59,7 +59,6 @@ def reserve_tokens(
 )->None:
     "Put StruQ's delimiters into a vocabulary, each starting as the word it replaces."
     like = {token: encode_text(tokenizer, word) for token, word in RESERVED.items()}
-    old = len(tokenizer)
     tokenizer.add_special_tokens({"extra_special_tokens": list(RESERVED)}, replace_extra_special_tokens=False)
     tokenizer.chat_template = STRUQ.replace("EOS", tokenizer.eos_token)
     if model is None: return
@@ -69,35 +68,19 @@ def reserve_tokens(
     for token, ids in like.items():
         for table in tables.values(): table[tokenizer.convert_tokens_to_ids(token)] = table[ids].mean(0)
 
-# %% ../nbs/22_secalign.ipynb #8cf36798
-def strip_delimiters(
-    text:str,              # untrusted
-    delimiters:list[str],  # none of them empty
-)->str:                    # the text without any of them
-    "Delete delimiters until none is left, in one walk over the text."
-    if not all(delimiters): raise Refusal("an empty delimiter cannot be deleted")
-    last, kept = {}, []
-    for d in delimiters: last.setdefault(d[-1], []).append(list(d))
-    for letter in text:
-        kept.append(letter)
-        while hit := next((d for d in last.get(kept[-1] if kept else "", ()) if kept[-len(d):] == d), None):
-            del kept[-len(hit):]
-    return "".join(kept)
-
 # %% ../nbs/22_secalign.ipynb #9a4d77f8
 def delimiters_of(
     tokenizer,
 )->list[str]: # what untrusted text must not spell
     "Every control token of a vocabulary, and the ## that opens a heading."
-    added = tokenizer.added_tokens_decoder.values()
-    return sorted({t.content for t in added if t.special} | {"##"})
+    return sorted({*reserved_tokens(tokenizer), "##"})
 
 def front_end(
     tokenizer,
     data:str,  # untrusted
 )->str:        # what of it reaches the model
     "The filter of StruQ (arXiv:2402.06363)."
-    return strip_delimiters(data, delimiters_of(tokenizer))
+    return strip_reserved(data, delimiters_of(tokenizer))
 
 # %% ../nbs/22_secalign.ipynb #5688be2e
 def injected_prompt(

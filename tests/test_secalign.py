@@ -7,12 +7,13 @@ import random
 import pytest
 import torch
 
+from dpo_literate.hierarchy import strip_reserved
 from dpo_literate.models import tiny_model, write_folder
 from dpo_literate.results import Refusal
 from dpo_literate.rows import control_ids, encode_pairs, encode_text, render, tiny_tokenizer
 from dpo_literate.secalign import (ATTACKS, DEFENCES, IGNORE, PAYLOAD, RESERVED, Search, answers, asr, attack_suite, attacked, begins, chat, check_tasks, contains,
                                    delimiters_of, first_sentence, forged_turns, front_end, gcg, injected, injected_prompt, main_attack, near_miss, overlap,
-                                   own_replies, own_turns, placed, query, read_tasks, reserve_tokens, secalign_pairs, shipped_tasks, strip_delimiters,
+                                   own_replies, own_turns, placed, query, read_tasks, reserve_tokens, secalign_pairs, shipped_tasks,
                                    suffix_slot, swaps, utility, writable)
 
 TASKS = shipped_tasks()
@@ -56,7 +57,7 @@ def test_ten_thousand_nested_strings(name):
         clean = front_end(tokenizer, text)
         hits += clean != text
         assert not any(d in clean for d in delimiters), text
-        assert strip_delimiters(clean, delimiters) == clean
+        assert strip_reserved(clean, delimiters) == clean
         if k % 10 == 0: assert not never & set(encode_text(tokenizer, clean)) and not never & set(encode_text(tokenizer, text))
     assert hits > 5000
 
@@ -69,18 +70,18 @@ def test_the_filter_against_deleting_again_and_again():
     rng = random.Random(0)
     for _ in range(2000):
         text = "".join(rng.choice("[IN[ST]]") for _ in range(rng.randrange(40)))
-        assert strip_delimiters(text, ["[INST]"]) == again(text, "[INST]")
-    assert strip_delimiters("nothing here", ["[INST]"]) == "nothing here" and strip_delimiters("", ["a"]) == ""
+        assert strip_reserved(text, ["[INST]"]) == again(text, "[INST]")
+    assert strip_reserved("nothing here", ["[INST]"]) == "nothing here" and strip_reserved("", ["a"]) == ""
 
 
 def test_a_delimiter_that_is_part_of_another():
-    assert strip_delimiters("a###b##c#", ["##", "###"]) == "a#bc#" or "##" not in strip_delimiters("a###b##c#", ["##", "###"])
-    with pytest.raises(Refusal, match="empty delimiter"): strip_delimiters("x", [""])
+    assert strip_reserved("a###b##c#", ["##", "###"]) == "a#bc#" or "##" not in strip_reserved("a###b##c#", ["##", "###"])
+    with pytest.raises(Refusal, match="empty string"): strip_reserved("x", [""])
 
 
 def test_a_hundred_thousand_layers_take_no_square():
     n = 100_000
-    assert strip_delimiters("[IN" * n + "[INST]" + "ST]" * n, ["[INST]"]) == ""
+    assert strip_reserved("[IN" * n + "[INST]" + "ST]" * n, ["[INST]"]) == ""
 
 
 # ------------------------------------------------------------ slots and reserved tokens
@@ -333,6 +334,20 @@ def test_no_reserved_token_is_writable():
     for tokenizer in (PLAIN, STRUQ):
         allowed = writable(tokenizer, len(tokenizer) + 3)
         assert allowed.sum() > 80 and not any(allowed[i] for i in control_ids(tokenizer)) and not allowed[-3:].any()
+
+
+def test_gcg_through_an_adapter_and_its_dial():
+    "The adapter counts: at scale 0 the loss is the bare model's, at full scale it is that of a merged copy."
+    from peft import LoraConfig, get_peft_model
+    from peft.helpers import rescale_adapter_scale
+    bare, slot = tiny_model("gpt2"), suffix_slot(PLAIN, TASKS[0])
+    torch.manual_seed(0)
+    wrapped = get_peft_model(tiny_model("gpt2"), LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn"], init_lora_weights=False, task_type="CAUSAL_LM")).eval()
+    ids = Search(bare, PLAIN, slot, length=4).ids
+    with rescale_adapter_scale(wrapped, 0.): assert abs(Search(wrapped, PLAIN, slot, length=4).loss - plain_loss(bare, slot, ids)) < 1e-9
+    whole = Search(wrapped, PLAIN, slot, length=4).loss
+    found = gcg(wrapped, PLAIN, slot, steps=2, length=4, width=8)
+    assert found["losses"][0] == whole and abs(whole - plain_loss(wrapped.merge_and_unload(), slot, ids)) < 1e-9 and abs(whole - plain_loss(bare, slot, ids)) > .01
 
 
 def test_the_search_leaves_the_model_alone():
