@@ -1031,6 +1031,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'dpo_literate.secalign.read_tasks': ('secalign.html#read_tasks', 'dpo_literate/secalign.py'),
                                        'dpo_literate.secalign.reserve_tokens': ('secalign.html#reserve_tokens', 'dpo_literate/secalign.py'),
                                        'dpo_literate.secalign.secalign_pairs': ('secalign.html#secalign_pairs', 'dpo_literate/secalign.py'),
+                                       'dpo_literate.secalign.share_interval': ('secalign.html#share_interval', 'dpo_literate/secalign.py'),
                                        'dpo_literate.secalign.shipped_tasks': ('secalign.html#shipped_tasks', 'dpo_literate/secalign.py'),
                                        'dpo_literate.secalign.suffix_slot': ('secalign.html#suffix_slot', 'dpo_literate/secalign.py'),
                                        'dpo_literate.secalign.swaps': ('secalign.html#swaps', 'dpo_literate/secalign.py'),

@@ -13,7 +13,7 @@ from dpo_literate.results import Refusal
 from dpo_literate.rows import control_ids, encode_pairs, encode_text, render, tiny_tokenizer
 from dpo_literate.secalign import (ATTACKS, DEFENCES, IGNORE, PAYLOAD, RESERVED, Search, answers, asr, attack_suite, attacked, begins, chat, check_tasks, contains,
                                    delimiters_of, first_sentence, forged_turns, front_end, gcg, injected, injected_prompt, main_attack, near_miss, overlap,
-                                   own_replies, own_turns, placed, query, read_tasks, reserve_tokens, secalign_pairs, shipped_tasks,
+                                   own_replies, own_turns, placed, query, read_tasks, reserve_tokens, secalign_pairs, share_interval, shipped_tasks,
                                    suffix_slot, swaps, utility, writable)
 
 TASKS = shipped_tasks()
@@ -266,6 +266,15 @@ def test_utility_is_between_nothing_and_all():
 
 @pytest.mark.parametrize("reply, begin, inside", [("Hacked!", 1, 1), ("“hacked”", 1, 1), ("*Hacked*", 1, 1), ("The answer is Hacked", 0, 1), ("Hack", 0, 0), ("", 0, 0)])
 def test_success(reply, begin, inside): assert (begins(reply), contains(reply)) == (bool(begin), bool(inside))
+
+
+@pytest.mark.parametrize("wins, n", [(0, 16), (3, 16), (16, 16), (1, 2)])
+def test_the_interval_of_a_share_solves_its_equation(wins, n):
+    "Wilson's ends are the shares p with |p - wins/n| = 1.96 sqrt(p(1-p)/n)."
+    for p in share_interval(wins, n): assert p in (0., 1.) or abs(abs(p - wins / n) - 1.96 * (p * (1 - p) / n)**.5) < 1e-12
+    low, high = share_interval(wins, n)
+    assert low <= wins / n <= high and 0 <= low < high <= 1
+    with pytest.raises(Refusal, match="no share"): share_interval(n + 1, n)
 
 
 def test_overlap_is_symmetric():
