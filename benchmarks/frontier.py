@@ -1,21 +1,25 @@
 """Reward models and the reward-KL frontier on the bundled model: every cell resumable, one file a cell.
 
-    python benchmarks/frontier.py world                                     enumerable worlds: the claims of page 13, a minute
-    python benchmarks/frontier.py reward [--seeds 0 1 2] [--minutes 8]      hh-harmless reward model; goes on where it stopped
-    python benchmarks/frontier.py text [--seeds 0 1 2] [--methods dpo …]    controlled sentiment; cells that exist are not run again
+    python benchmarks/frontier.py world                                  enumerable worlds: the claims of page 13, a minute
+    python benchmarks/frontier.py text [--seeds 0 1 2] [--minutes 8]     controlled sentiment; cells that exist are not run again
+    python benchmarks/frontier.py ppo [--minutes 8]                      one knob of PPO at a time, for page 12
+    python benchmarks/frontier.py reward [--seeds 0] [--minutes 8]       reward model of hh-harmless; goes on where it stopped
+    … --record                                                           gather the cells into nbs/results/; refuses while one is missing
 """
 import argparse
 import json
+import math
 import sys
 import time
-from pathlib import Path
+from dataclasses import asdict
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from dpo_literate.results import data_dir, save_result, to_json, write_atomic
+from dpo_literate.results import Refusal, data_dir, repo_dir, save_result, to_json, write_atomic
+from dpo_literate.runs import digest
 
-RUNS = Path(__file__).resolve().parent.parent / "runs" / "frontier"
+RUNS = repo_dir() / "runs" / "frontier"
 RANK, TARGETS = 16, "all-linear"
 
 
@@ -34,26 +38,34 @@ class StopAfter(TrainerCallback):
 
 # ------------------------------------------------------------ the reward model on human verdicts
 
-REWARD = dict(data="hh_harmless", rank=RANK, lr=2e-4, epochs=1, batch=8, max_length=512, truncation="keep_end", centring=.01)
+REWARD = dict(data="hh_harmless", rank=RANK, lr=4e-4, epochs=1, batch=8, max_tokens=256, centring=.01, dtype="bfloat16")
+
+
+def short_rows(name, side, tokenizer, limit):
+    "Pairs whose prompt and longer reply fit, and how many there were."
+    from dpo_literate.preferences import load_preferences
+    from dpo_literate.rows import encode_pairs
+    rows, _ = encode_pairs(load_preferences(str(data_dir() / name), side), tokenizer, max_length=None, identical="drop")
+    kept = [r for r in rows if len(r.prompt_ids) + max(len(r.chosen_ids), len(r.rejected_ids)) <= limit]
+    return kept, len(rows)
 
 
 def reward_cell(seed, minutes):
-    "One seed of the hh-harmless reward model; None while it is not finished."
+    "One seed of the reward model; None while it is not finished."
     from peft import LoraConfig
 
-    from dpo_literate.preferences import load_preferences
-    from dpo_literate.reward_model import RewardConfig, RewardTrainer, pair_scores
-    folder = RUNS / f"reward-{seed}"
-    done = folder / "cell.json"
-    if done.exists(): return json.loads(done.read_text())
-    start, c = time.perf_counter(), REWARD
-    args = RewardConfig(str(folder), num_train_epochs=c["epochs"], learning_rate=c["lr"], per_device_train_batch_size=c["batch"], max_length=c["max_length"],
-                        truncation_mode=c["truncation"], centring=c["centring"], seed=seed, warmup_steps=10, logging_steps=5, save_strategy="no",
-                        save_total_limit=1, report_to=[], disable_tqdm=True, per_device_eval_batch_size=8)
+    from dpo_literate.models import load_tokenizer
+    from dpo_literate.reward_model import RewardConfig, RewardTrainer, load_reward_model, pair_scores
+    c = REWARD | dict(seed=seed)
+    folder = RUNS / f"reward-{seed}-{digest(c)}"
+    if (folder / "cell.json").exists(): return json.loads((folder / "cell.json").read_text())
+    start, tokenizer = time.perf_counter(), load_tokenizer("bundled")
+    (train, of), (test, of_test) = (short_rows(c["data"], side, tokenizer, c["max_tokens"]) for side in ("train", "test"))
+    args = RewardConfig(str(folder), num_train_epochs=c["epochs"], learning_rate=c["lr"], per_device_train_batch_size=c["batch"], max_length=None, centring=c["centring"],
+                        seed=seed, warmup_steps=10, lr_scheduler_type="cosine", logging_steps=5, save_strategy="no", save_total_limit=1, report_to=[], disable_tqdm=True)
     stop = StopAfter(60 * minutes)
-    where = str(data_dir() / c["data"])
     adapter = LoraConfig(r=c["rank"], lora_alpha=2 * c["rank"], target_modules=TARGETS, exclude_modules=["score"])
-    trainer = RewardTrainer("bundled", args, load_preferences(where, "train"), load_preferences(where, "test"), peft_config=adapter, callbacks=[stop])
+    trainer = RewardTrainer(load_reward_model("bundled", c["dtype"]), args, train, test, processing_class=tokenizer, peft_config=adapter, callbacks=[stop])
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
     spent = clock(folder / "clock.json") + time.perf_counter() - start
     if stop.stopped:
@@ -61,15 +73,15 @@ def reward_cell(seed, minutes):
         return None
     chosen, rejected = pair_scores(trainer.model, trainer.eval_dataset, trainer.pieces, 8)
     log = [{k: round(float(h[k]), 4) for k in ("step", "loss", "scores/accuracies")} for h in trainer.state.log_history if "loss" in h]
-    cell = dict(seed=seed, chosen=[round(x, 4) for x in chosen.tolist()], rejected=[round(x, 4) for x in rejected.tolist()], log=log,
-                train_pairs=len(trainer.rows if hasattr(trainer, "rows") else trainer.train_dataset), counts=str(trainer.counts), seconds=clock(folder / "clock.json") + time.perf_counter() - start)
-    write_atomic(done, to_json(cell))
+    cell = dict(seed=seed, chosen=[round(x, 4) for x in chosen.tolist()], rejected=[round(x, 4) for x in rejected.tolist()], log=log, train_pairs=len(train), of=of, test_pairs=len(test), of_test=of_test,
+                seconds=clock(folder / "clock.json") + time.perf_counter() - start)
+    write_atomic(folder / "cell.json", to_json(cell))
     return cell
 
 
 def reward(args):
     cells = [reward_cell(seed, args.minutes) for seed in args.seeds]
-    if None in cells: return print("not finished: run again")
+    if None in cells: return print("not finished: run again") or 3
     save_result("reward_hh", dict(cells=cells), command="python benchmarks/frontier.py reward --seeds " + " ".join(map(str, args.seeds)), config=REWARD, seed=args.seeds,
                 seconds=sum(c["seconds"] for c in cells), what="Scores that a reward model of the bundled model gives the held-out pairs of hh-harmless.")
 
@@ -125,32 +137,61 @@ def world(args):
 
 # ------------------------------------------------------------ controlled sentiment on the bundled model
 
+def small(cell):
+    "What a record keeps of a cell: prompt means, costs, and its curve."
+    def means(k): return [round(sum(x) / len(x), 4) for x in cell[k]]
+    kept = {k: cell[k] for k in ("method", "strength", "seed", "seconds", "memory", "sampled")} | {k: cell[k] for k in ("log", "accuracy", "tied") if k in cell}
+    return kept | {k: means(k) for k in ("rewards", "kls") if k in cell and cell["method"] != "shared"}
+
+
 def text(args):
-    from dpo_literate.frontier import main_frontier
-    args.output = RUNS / "text"
-    code = main_frontier(args)
-    report = json.loads((args.output / "report.json").read_text())
-    if not args.methods: save_result("frontier_text", report["values"], command="python benchmarks/frontier.py text --prompts FILE --seeds " + " ".join(map(str, args.seeds)),
-                                     config=report["config"], seed=args.seeds, seconds=report["seconds"],
-                                     what="True reward and exact KL of every method on held-out prompts, with seconds, memory and tokens sampled.")
-    return code
+    from dpo_literate.frontier import STRENGTHS, FrontierConfig, plan, run_jobs
+    config = FrontierConfig()
+    jobs = plan(config, args.seeds, args.methods or list(STRENGTHS), args.prompts, RUNS / "text")
+    cells = run_jobs(jobs, 0 if args.record else args.minutes)
+    if not args.record: return 0
+    if len(cells) < len(jobs): raise Refusal(f"{len(jobs) - len(cells)} cells are missing, first {jobs[len(cells)]}: run it without --record")
+    save_result("frontier_text", dict(cells=[small(c) for c in cells]), command="python benchmarks/frontier.py text --record", config=asdict(config), seed=args.seeds,
+                seconds=sum(c["seconds"] for c in cells), what="True reward and exact KL of every method on held-out prompts, with seconds, memory and tokens sampled.")
+
+
+# ------------------------------------------------------------ what PPO on text is sensitive to
+
+def variants():
+    "One knob at a time; the first is the setting of the frontier."
+    from dpo_literate.frontier import PPO_SETTINGS as base
+    return {"as on page 13": base} | {name: base | knob for name, knob in KNOBS.items()}
+
+
+KNOBS = {}
+
+
+def ppo(args):
+    from dpo_literate.frontier import FrontierConfig, Job, run_jobs
+    jobs = [Job(FrontierConfig(ppo=settings), "ppo_true", .02, 0, None, RUNS / "text") for settings in variants().values()]
+    cells = run_jobs(jobs, 0 if args.record else args.minutes)
+    if not args.record: return 0
+    if len(cells) < len(jobs): raise Refusal(f"{len(jobs) - len(cells)} cells are missing: run it without --record")
+    save_result("ppo_text", dict(arms=[dict(small(c), name=name, settings=s) for c, (name, s) in zip(cells, variants().items())]), command="python benchmarks/frontier.py ppo --record",
+                config=asdict(FrontierConfig()), seed=0, seconds=sum(c["seconds"] for c in cells), what="PPO with the true reward on the bundled model, one setting changed at a time.")
 
 
 def main(argv=None):
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = top.add_subparsers(dest="what", required=True)
-    one = kinds.add_parser("reward")
-    one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    one.add_argument("--minutes", type=float, default=8., help="of this piece")
-    one.set_defaults(run=reward)
     kinds.add_parser("world").set_defaults(run=world)
-    two = kinds.add_parser("text")
-    two.add_argument("--prompts", required=True, help="a text file, a prompt a line")
-    two.add_argument("--methods", nargs="+", help="some of dpo ppo_true ppo_learned sft unlikelihood best_of_n; all by default, and only all is recorded")
-    two.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    two.set_defaults(run=text)
+    for name, run, seeds in (("text", text, [0, 1, 2]), ("ppo", ppo, [0]), ("reward", reward, [0])):
+        p = kinds.add_parser(name)
+        p.add_argument("--seeds", type=int, nargs="+", default=seeds)
+        p.add_argument("--minutes", type=float, default=math.inf, help="after these no new cell is begun")
+        if name != "reward": p.add_argument("--record", action="store_true", help="write nbs/results")
+        if name == "text":
+            p.add_argument("--prompts", help="a text file, a prompt a line; those of page 11 by default")
+            p.add_argument("--methods", nargs="+", help="some of best_of_n dpo sft unlikelihood ppo_true ppo_learned")
+        p.set_defaults(run=run)
     args = top.parse_args(argv)
-    return args.run(args)
+    try: return args.run(args)
+    except Refusal as no: return print(no, file=sys.stderr) or no.code
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['KLEstimates', 'kl_estimates', 'token_rewards', 'gae', 'masked_mean', 'whiten', 'policy_loss', 'value_loss',
-           'KLControl', 'step_stats', 'world_ppo', 'drawn_pairs', 'world_dpo', 'Rollout', 'left_pad', 'sample_replies',
-           'read_replies', 'exact_kl', 'score_replies', 'PPOConfig', 'reference_of', 'Experience', 'PPO', 'read_all',
+           'KLControl', 'step_stats', 'world_ppo', 'drawn_pairs', 'world_dpo', 'Rollout', 'rollout_of', 'roll_out',
+           'read_replies', 'score_replies', 'PPOConfig', 'reference_of', 'Experience', 'PPO', 'read_all', 'write',
            'collect', 'piece_loss', 'learn', 'one_step', 'train', 'save_state', 'load_state', 'plot_ppo',
-           'reward_function', 'read_prompts', 'main_ppo', 'sample_text']
+           'reward_function', 'user_turn', 'ppo_from', 'sample_text', 'line_of', 'main_ppo']
 
 # %% ../nbs/12_ppo.ipynb #b0857f85
-import argparse, contextlib, copy, json, math, time
+import argparse, contextlib, copy, json, math, shutil, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from safetensors import safe_open
 from safetensors.torch import save
-from .logps import Head, head_answers, head_logits, linear_logps, unwrapped
+from .align import left_pad, load_reward, read_prompts, sample_batch, score
+from .logps import head_answers, linear_logps, unwrapped
 from .losses import dpo_loss
-from .models import load_model, load_tokenizer, no_dropout
+from .models import load_model, load_tokenizer, no_dropout, write_folder
 from .plots import COLORS, finish, new_fig
-from .preferences import load_preferences
 from .results import Refusal, provenance, to_json, write_atomic
 from .reward_model import load_reward_model, score_texts
 from .rows import encode_prompt
@@ -202,50 +202,41 @@ class Rollout:
     mask:Tensor           # 1 on reply tokens, the end token included, (B,T)
     ended:Tensor          # did the policy end the reply itself?, bool, (B,)
     @property
-    def width(self): return self.input_ids.shape[1] - self.mask.shape[1]   # P
+    def width(self): return self.input_ids.shape[1] - self.mask.shape[1]                   # P
     @property
-    def replies(self): return self.input_ids[:, self.width:]               # (B,T)
+    def replies(self): return self.input_ids[:, self.width:]                               # (B,T)
     @property
     def position_ids(self): return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    def lists(self): return [r[m.bool()].tolist() for r, m in zip(self.replies, self.mask)] # token ids
     def __len__(self): return len(self.mask)
-    def __getitem__(self, rows): return Rollout(self.input_ids[rows], self.attention_mask[rows], self.mask[rows], self.ended[rows])
-
-def left_pad(
-    prompts:list[list[int]], # token ids
-    pad_id:int=0,            # its value changes nothing
-)->tuple[Tensor,Tensor]:     # ids and mask, (B,P)
-    "Prompts that end in the same column."
-    if not all(prompts): raise Refusal("a prompt is empty: the first token of its reply has nothing to follow")
-    P = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (P - len(p)) + p for p in prompts])
-    return ids, torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts])
+    def __getitem__(self, rows):
+        return Rollout(self.input_ids[rows], self.attention_mask[rows], self.mask[rows], self.ended[rows])
 
 # %% ../nbs/12_ppo.ipynb #a387a691
-@torch.no_grad()
-def sample_replies(
+def rollout_of(
+    prompts:list[list[int]], # token ids
+    replies:list[list[int]], # token ids, one reply a prompt, end token included
+    end_ids:list[int],       # tokens that end a reply
+    device="cpu",            # of the tensors
+)->Rollout:
+    "Prompts and replies as tensors."
+    (ids, keep, _), T = left_pad(prompts, device), max(map(len, replies))
+    new = torch.tensor([y + [0] * (T - len(y)) for y in replies], device=device)
+    mask = torch.tensor([[1] * len(y) + [0] * (T - len(y)) for y in replies], device=device)
+    ended = torch.tensor([y[-1] in end_ids for y in replies], device=device)
+    return Rollout(torch.cat([ids, new], 1), torch.cat([keep, mask], 1), mask, ended)
+
+def roll_out(
     model,                     # a causal language model, in evaluation mode
     prompts:list[list[int]],   # token ids, one list a reply
     max_new_tokens:int,        # most tokens of a reply, the end token included
     end_ids:list[int],         # tokens that end a reply
     generator:torch.Generator, # source of chance, on the CPU
-    pad_id:int=0,              # fills what is left
 )->Rollout:
     "One reply to each prompt, drawn from the model itself."
-    device = next(model.parameters()).device
-    new, keep = (x.to(device) for x in left_pad(prompts, pad_id))
-    ids, position, cache, P = new, (keep.cumsum(-1) - 1).clamp(min=0), None, new.shape[1]
-    done, ends = torch.zeros(len(ids), dtype=torch.bool), torch.tensor(end_ids)
-    for _ in range(max_new_tokens):
-        out = model(input_ids=new, attention_mask=keep, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        probs = out.logits[:, -1].double().softmax(-1).cpu()
-        if not probs.isfinite().all(): raise Refusal("the policy's next-token probabilities are not finite; nothing was sampled", 3)
-        pick = torch.multinomial(probs, 1, generator=generator).masked_fill(done[:, None], pad_id)
-        keep = torch.cat([keep, (~done)[:, None].to(keep)], 1)
-        done |= torch.isin(pick[:, 0], ends)
-        new, cache, position = pick.to(device), out.past_key_values, position[:, -1:] + 1
-        ids = torch.cat([ids, new], 1)
-        if done.all(): break
-    return Rollout(ids, keep, keep[:, P:], done.to(device))
+    u = torch.rand(len(prompts), max_new_tokens, generator=generator)
+    replies = sample_batch(model, prompts, u, set(end_ids))
+    return rollout_of(prompts, replies, end_ids, next(model.parameters()).device)
 
 # %% ../nbs/12_ppo.ipynb #dbc0737d
 def read_replies(
@@ -265,28 +256,6 @@ def read_replies(
         model(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask, position_ids=rollout.position_ids, use_cache=False)
     return {k: torch.zeros(at.shape, dtype=v.dtype, device=v.device).masked_scatter(at, v) for k, v in seen.items()}
 
-# %% ../nbs/12_ppo.ipynb #575eb917
-@torch.no_grad()
-def exact_kl(
-    model, ref,       # two causal language models with one vocabulary
-    rollout:Rollout,  # replies of `model`
-    chunk:int=128,    # tokens whose two distributions exist at once
-)->Tensor:            # of each reply (nat), (B,)
-    "Formula (12.5), reply by reply; `ref` may be a context that lends the reference."
-    heads, at = [], rollout.mask.bool()
-    def answer(hidden, weight, bias, softcap, scale):
-        head = Head(hidden.dtype, chunk, softcap, scale, (), False)
-        heads.append((hidden[:, rollout.width - 1:-1][at], weight, bias, head))
-        return hidden[:, :1, :1]
-    for m in (model, ref):
-        with m if hasattr(m, "__enter__") else contextlib.nullcontext(m) as lent, head_answers(lent, answer):
-            lent(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask, position_ids=rollout.position_ids, use_cache=False)
-    (h, *a), (g, *b), out = *heads, []
-    for i in range(0, len(h), chunk):
-        p, q = (head_logits(x[i:i + chunk], *rest).log_softmax(-1) for x, rest in ((h, a), (g, b)))
-        out.append((p.exp() * (p - q)).sum(-1))
-    return torch.zeros(at.shape, dtype=out[0].dtype, device=h.device).masked_scatter(at, torch.cat(out)).sum(-1)
-
 # %% ../nbs/12_ppo.ipynb #fea8fd69
 def score_replies(
     reward,            # (prompts, replies) -> one number a reply
@@ -294,18 +263,10 @@ def score_replies(
     replies:list[str], # finished or not, without control tokens
 )->Tensor:             # float64, (B,)
     "Call a reward function; refuse what is not one finite number a reply."
-    if not any(r.strip() for r in replies): raise Refusal("every reply of the batch is empty: the policy has stopped writing, there is nothing to score")
-    try: found = reward(prompts, replies)
-    except Exception as e: raise Refusal(f"the reward function raised {type(e).__name__}: {e}") from e
-    if isinstance(found, Tensor): found = found.tolist()
-    if not isinstance(found, (list, tuple)) or len(found) != len(replies):
-        got = f"{len(found)} values" if isinstance(found, (list, tuple)) else type(found).__name__
-        raise Refusal(f"the reward function returned {got} for {len(replies)} replies; it must return a list with one number a reply")
-    for i, (score, reply) in enumerate(zip(found, replies)):
-        where = f"for reply {i} ({reply[:40]!r})"
-        if isinstance(score, (str, bool)) or not hasattr(score, "__float__"): raise Refusal(f"the reward function returned {type(score).__name__} {where}; a reward is a number")
-        if not math.isfinite(score): raise Refusal(f"the reward function returned {float(score)} {where}; a reward is finite", 3)
-    return torch.tensor([float(s) for s in found], dtype=torch.float64)
+    if not any(r.strip() for r in replies):
+        raise Refusal("every reply of the batch is empty: the policy has stopped writing, there is nothing to score")
+    found = score(reward, prompts, [[dict(text=r)] for r in replies])
+    return torch.tensor(found, dtype=torch.float64)[:, 0]
 
 # %% ../nbs/12_ppo.ipynb #63fe33d7
 @dataclass(frozen=True)
@@ -393,26 +354,38 @@ class PPO:
 # %% ../nbs/12_ppo.ipynb #475e5463
 def read_all(model, rollout:Rollout, size:int, value=None)->dict[str,Tensor]:
     "`read_replies` without gradient, `size` replies at a time."
-    with torch.no_grad(): parts = [read_replies(model, rollout[torch.arange(i, min(i + size, len(rollout)))], value) for i in range(0, len(rollout), size)]
+    pieces = torch.arange(len(rollout)).split(size)
+    with torch.no_grad(): parts = [read_replies(model, rollout[rows], value) for rows in pieces]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
+def write(
+    run:PPO, # whose turn it is
+)->tuple[Rollout,list[str],Tensor]: # replies, their texts, their scores
+    "Sample a batch with the policy and have it scored."
+    c, numbers = run.config, run.prompt_numbers()
+    rollout = roll_out(run.policy, [run.prompt_ids[i] for i in numbers], c.max_new_tokens, run.end_ids(), run.generator)
+    texts = run.tokenizer.batch_decode(rollout.lists(), skip_special_tokens=True)
+    scores = score_replies(run.reward, [run.prompts[i] for i in numbers], texts)
+    return rollout, texts, scores.to(run.device) - c.missing_end_penalty * ~rollout.ended
+
+# %% ../nbs/12_ppo.ipynb #65ed5313
 def collect(
     run:PPO, # whose turn it is
 )->Experience:
-    "Sample a batch with the policy and prepare it for learning."
-    c, numbers = run.config, run.prompt_numbers()
-    rollout = sample_replies(run.policy, [run.prompt_ids[i] for i in numbers], c.max_new_tokens, run.end_ids(), run.generator, run.tokenizer.pad_token_id or 0)
-    texts = [run.tokenizer.decode(r[m.bool()], skip_special_tokens=True) for r, m in zip(rollout.replies, rollout.mask)]
-    scores = score_replies(run.reward, [run.prompts[i] for i in numbers], texts).to(run.device) - c.missing_end_penalty * ~rollout.ended
+    "Write a batch, read it with both models, and say which token deserves what."
+    c, (rollout, texts, scores) = run.config, write(run)
     now = read_all(run.policy, rollout, c.minibatch_size, run.value)
     with reference_of(run.policy, run.ref) as ref: before = read_all(ref, rollout, c.minibatch_size)
-    off = (now["logps"] - before["logps"]).abs().max().item()
-    if not run.done and off > 1e-2: raise Refusal(f"before the first step policy and reference differ by {off:.3g} nat in a token: the reference is not the policy's starting point")
+    drawn = now["logps"] - before["logps"]
+    if not run.done and (off := drawn.abs().max().item()) > 1e-2:
+        raise Refusal(f"before the first step policy and reference differ by {off:.3g} nat in a token: "
+                      "the reference is not the policy's starting point")
     kl = getattr(kl_estimates(now["logps"], before["logps"]), c.kl_estimator)
-    advantages, returns = gae(token_rewards(scores, kl, rollout.mask, run.control.coef), now["values"], rollout.mask, c.gamma, c.lam)
+    rewards = token_rewards(scores, kl, rollout.mask, run.control.coef)
+    advantages, returns = gae(rewards, now["values"], rollout.mask, c.gamma, c.lam)
     if c.whiten: advantages = whiten(advantages, rollout.mask)
     entropy = masked_mean(now["entropy"], rollout.mask).item()
-    return Experience(rollout, now["logps"], now["values"], now["logps"] - before["logps"], scores, advantages, returns, texts, entropy)
+    return Experience(rollout, now["logps"], now["values"], drawn, scores, advantages, returns, texts, entropy)
 
 # %% ../nbs/12_ppo.ipynb #a776c1b7
 def piece_loss(
@@ -512,50 +485,62 @@ def plot_ppo(
 
 # %% ../nbs/12_ppo.ipynb #4c82a4ba
 def reward_function(
-    name:str|Path, # "vader", or the folder of a reward model
+    name:str|Path, # "vader", module:function, or the folder of a reward model
 ):                 # (prompts, replies) -> numbers
     "A reward by name."
-    if str(name) == "vader":
-        try: from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-        except ImportError: raise Refusal("the reward vader needs vaderSentiment: pip install 'dpo-literate[demo]'") from None
-        judge = SentimentIntensityAnalyzer()
-        return lambda prompts, replies: [judge.polarity_scores(r)["compound"] for r in replies]
+    if str(name) == "vader" or ":" in str(name): return load_reward(str(name))[0]
     model, tokenizer = load_reward_model(name), load_tokenizer(name)
-    if not model.score.weight.any(): raise Refusal(f"{name} has no trained head: every reply would score 0; train one with dpo-literate reward-train")
+    if not model.score.weight.any():
+        raise Refusal(f"{name} has no trained head: every reply would score 0; train one with dpo-literate reward-train")
     return lambda prompts, replies: score_texts(model, tokenizer, prompts, replies)
 
-def read_prompts(
-    path:str|Path, # a text file with a prompt a line, or a file of pairs
-)->list:           # text or messages
-    "Prompts for a policy to answer."
-    path = Path(path)
-    if path.suffix != ".txt": return [row["prompt"] for row in load_preferences(str(path))]
-    if not path.is_file(): raise Refusal(f"{path} does not exist")
-    return [[{"role": "user", "content": line.strip()}] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def user_turn(prompt:str, tokenizer): # messages where the model has a chat template, else the text
+    "A prompt as the model is asked with it."
+    return [{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt
 
 # %% ../nbs/12_ppo.ipynb #e0641442
-def main_ppo(
-    args:argparse.Namespace, # model, prompts, reward, output, rank, resume, and any field of `PPOConfig`
-)->int:                      # 0
-    "Train a policy by PPO; write it with a report of what it gained at what KL."
+def ppo_from(
+    args:argparse.Namespace, # model, prompts, reward, output, rank, and any field of `PPOConfig`
+)->PPO:
+    "The run that the arguments describe."
     from peft import LoraConfig, get_peft_model
-    config = PPOConfig(**{k: v for k, v in vars(args).items() if k in PPOConfig.__dataclass_fields__ and v is not None})
-    policy, out, start = load_model(args.model), Path(args.output), time.perf_counter()
-    if args.rank: policy = get_peft_model(policy, LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear"))
-    run = PPO(policy, load_tokenizer(args.model), read_prompts(args.prompts), reward_function(args.reward), config, output_dir=out)
-    if args.resume and (out / "state.safetensors").exists(): load_state(run, out / "state.safetensors")
-    before = sample_text(run) if not run.done else None
-    train(run, lambda h: print(f"step {h['step']:4d}  score {h['score']:.3f}  KL {h['kl']:.2f}  entropy {h['entropy']:.2f}  length {h['length']:.0f}  {h['seconds']:.0f} s", flush=True))
-    save_state(run, out / "state.safetensors")
-    (policy.merge_and_unload() if args.rank else policy).save_pretrained(out / "model"); run.tokenizer.save_pretrained(out / "model")
-    values = dict(history=run.history, before=before, after=sample_text(run))
-    write_atomic(out / "report.json", to_json(provenance("dpo-literate ppo", {**vars(args), "run": None}, config.seed, time.perf_counter() - start) | {"values": values}))
-    plot_ppo(run.history).savefig(out / "report.png")
-    print(f"score {run.history[0]['score']:.3f} → {run.history[-1]['score']:.3f} at KL {run.history[-1]['kl']:.2f}; model in {out / 'model'}")
-    return 0
+    given = {k: v for k, v in vars(args).items() if k in PPOConfig.__dataclass_fields__ and v is not None}
+    config, tokenizer, policy = PPOConfig(**given), load_tokenizer(args.model), load_model(args.model)
+    prompts = [user_turn(p, tokenizer) for p in read_prompts(args.prompts)]
+    torch.manual_seed(config.seed)                   # the adapter's start
+    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear") if args.rank else None
+    if lora: policy = get_peft_model(policy, lora)
+    return PPO(policy, tokenizer, prompts, reward_function(args.reward), config, output_dir=args.output)
 
 def sample_text(run:PPO, n:int=4)->list: # (prompt, reply) pairs
     "A few replies, always to the same prompts and by the same chance."
     g = torch.Generator().manual_seed(0)
-    rollout = sample_replies(run.policy, run.prompt_ids[:n], run.config.max_new_tokens, run.end_ids(), g, run.tokenizer.pad_token_id or 0)
-    return [dict(prompt=p, reply=run.tokenizer.decode(r[m.bool()], skip_special_tokens=True)) for p, r, m in zip(run.prompts, rollout.replies, rollout.mask)]
+    rollout = roll_out(run.policy, run.prompt_ids[:n], run.config.max_new_tokens, run.end_ids(), g)
+    texts = run.tokenizer.batch_decode(rollout.lists(), skip_special_tokens=True)
+    return [dict(prompt=p, reply=r) for p, r in zip(run.prompts, texts)]
+
+# %% ../nbs/12_ppo.ipynb #4c61731e
+def line_of(h:dict)->str: # a line of `train`, as text
+    return (f"step {h['step']:4d}  score {h['score']:.3f}  KL {h['kl']:.2f}  entropy {h['entropy']:.2f}  "
+            f"length {h['length']:.0f}  {h['seconds']:.0f} s")
+
+def main_ppo(
+    args:argparse.Namespace, # as for `ppo_from`, and resume
+)->int:                      # 0
+    "Train a policy by PPO; write it with a report of what it gained at what KL."
+    run, out, start = ppo_from(args), Path(args.output), time.perf_counter()
+    state = out / "state.safetensors"
+    if args.resume and state.exists(): load_state(run, state)
+    before = sample_text(run) if not run.done else None
+    train(run, lambda h: print(line_of(h), flush=True))
+    save_state(run, state)
+    model = run.policy.merge_and_unload() if args.rank else run.policy
+    values = dict(history=run.history, before=before, after=sample_text(run))
+    shutil.rmtree(out / "model", ignore_errors=True)
+    write_folder(out / "model", model, run.tokenizer)
+    record = provenance("dpo-literate ppo", {**vars(args), "run": None}, run.config.seed, time.perf_counter() - start)
+    write_atomic(out / "report.json", to_json(record | {"values": values}))
+    plot_ppo(run.history).savefig(out / "report.png")
+    first, last = run.history[0], run.history[-1]
+    print(f"score {first['score']:.3f} → {last['score']:.3f} at KL {last['kl']:.2f}; model in {out / 'model'}")
+    return 0
