@@ -157,23 +157,27 @@ def text(args):
 
 # ------------------------------------------------------------ what PPO on text is sensitive to
 
-def variants():
-    "One knob at a time; the first is the setting of the frontier."
-    from dpo_literate.frontier import PPO_SETTINGS as base
-    return {"as on page 13": base} | {name: base | knob for name, knob in KNOBS.items()}
+# 32 prompts × 4 replies, prompts and seed that page 13 does not use for its claims; the first arm is the setting of page 13
+BASE = dict(lr=5e-4, value_lr=1e-4, epochs=2)
+ARMS = {"page 13": {}, "lr / 50": dict(lr=1e-5), "lr / 5": dict(lr=1e-4), "lr × 4": dict(lr=2e-3), "value lr × 10": dict(value_lr=1e-3), "value lr 0": dict(value_lr=0.),
+        "one epoch": dict(epochs=1), "not whitened": dict(whiten=False)}
+TUNING_SEED = 9
 
 
-KNOBS = {}
+def sweep_jobs(arms):
+    from dpo_literate.frontier import FrontierConfig, Job
+    return [Job(FrontierConfig(n_train=32, batch_size=16, ppo=BASE | ARMS[arm]), "ppo_true", .02, TUNING_SEED, None, RUNS / "text") for arm in arms]
 
 
 def ppo(args):
-    from dpo_literate.frontier import FrontierConfig, Job, run_jobs
-    jobs = [Job(FrontierConfig(ppo=settings), "ppo_true", .02, 0, None, RUNS / "text") for settings in variants().values()]
-    cells = run_jobs(jobs, 0 if args.record else args.minutes)
+    from dpo_literate.frontier import run_jobs
+    arms = args.arms or list(ARMS)
+    cells = run_jobs(sweep_jobs(arms), 0 if args.record else args.minutes)
     if not args.record: return 0
-    if len(cells) < len(jobs): raise Refusal(f"{len(jobs) - len(cells)} cells are missing: run it without --record")
-    save_result("ppo_text", dict(arms=[dict(small(c), name=name, settings=s) for c, (name, s) in zip(cells, variants().items())]), command="python benchmarks/frontier.py ppo --record",
-                config=asdict(FrontierConfig()), seed=0, seconds=sum(c["seconds"] for c in cells), what="PPO with the true reward on the bundled model, one setting changed at a time.")
+    if len(cells) < len(arms): raise Refusal(f"{len(arms) - len(cells)} cells are missing, first {arms[len(cells)]}: run it without --record")
+    save_result("ppo_text", dict(arms=[small(c) | dict(name=arm, settings=BASE | ARMS[arm]) for c, arm in zip(cells, arms)]), command="python benchmarks/frontier.py ppo --record",
+                config=dict(base=BASE, arms=ARMS, prompts=32, replies=128, batch_size=16, kl_coef=.02), seed=TUNING_SEED, seconds=sum(c["seconds"] for c in cells),
+                what="PPO with the true reward on the bundled model, one setting changed at a time.")
 
 
 def main(argv=None):
@@ -185,6 +189,7 @@ def main(argv=None):
         p.add_argument("--seeds", type=int, nargs="+", default=seeds)
         p.add_argument("--minutes", type=float, default=math.inf, help="after these no new cell is begun")
         if name != "reward": p.add_argument("--record", action="store_true", help="write nbs/results")
+        if name == "ppo": p.add_argument("--arms", nargs="+", help="some of them")
         if name == "text":
             p.add_argument("--prompts", help="a text file, a prompt a line; those of page 11 by default")
             p.add_argument("--methods", nargs="+", help="some of best_of_n dpo sft unlikelihood ppo_true ppo_learned")

@@ -328,6 +328,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'dpo_literate.frontier.plot_frontier': ('frontier.html#plot_frontier', 'dpo_literate/frontier.py'),
                                        'dpo_literate.frontier.point_of': ('frontier.html#point_of', 'dpo_literate/frontier.py'),
                                        'dpo_literate.frontier.pool': ('frontier.html#pool', 'dpo_literate/frontier.py'),
+                                       'dpo_literate.frontier.ppo_run': ('frontier.html#ppo_run', 'dpo_literate/frontier.py'),
                                        'dpo_literate.frontier.prompts_of': ('frontier.html#prompts_of', 'dpo_literate/frontier.py'),
                                        'dpo_literate.frontier.quiet': ('frontier.html#quiet', 'dpo_literate/frontier.py'),
                                        'dpo_literate.frontier.reference': ('frontier.html#reference', 'dpo_literate/frontier.py'),

@@ -6,12 +6,12 @@
 __all__ = ['STRENGTHS', 'NEEDS', 'MAKERS', 'LOOKS', 'Point', 'point_of', 'wide_world', 'reward_at', 'shortfall', 'best_of_n',
            'best_of_n_bound', 'imitation', 'FrontierConfig', 'Job', 'prompts_of', 'identity', 'cell_of',
            'write_replies', 'reference', 'scored', 'shared_replies', 'pool', 'adapter', 'quiet', 'pairs_of',
-           'train_offline', 'train_judge', 'judged', 'train_ppo', 'switched_off', 'measure', 'best_of', 'best_replies',
-           'make_cell', 'run_cell', 'whole_cost', 'summary', 'plot_frontier', 'OutOfTime', 'plan', 'in_a_process',
-           'run_jobs', 'main_frontier', 'report_frontier']
+           'train_offline', 'train_judge', 'judged', 'ppo_run', 'train_ppo', 'switched_off', 'measure', 'best_of',
+           'best_replies', 'make_cell', 'run_cell', 'whole_cost', 'summary', 'plot_frontier', 'OutOfTime', 'plan',
+           'in_a_process', 'run_jobs', 'main_frontier', 'report_frontier']
 
 # %% ../nbs/13_frontier.ipynb #854a6e90
-import argparse, json, math, shutil, time
+import argparse, math, shutil, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +21,12 @@ from transformers import PrinterCallback, set_seed
 from .align import ask, best_against_worst, kl_per_reply, sample, score, split_prompts
 from .models import load_model, load_tokenizer, write_folder
 from .plots import COLORS, finish, new_fig
-from .ppo import PPO, PPOConfig, reward_function, train, user_turn
+from .ppo import PPO, PPOConfig, load_state, reward_function, train, user_turn
 from .results import Refusal, bootstrap_interval, provenance, to_json, write_atomic
 from .reward_model import (RewardConfig, RewardTrainer, accuracy, score_texts, standardise,
                                        with_score_head)
 from .rows import Row
-from .runs import Stages, peak_memory
+from .runs import Stages, digest, peak_memory
 from .trainer import DPOConfig, DPOTrainer
 from .world import World, kl, optimal_policy
 
@@ -240,8 +240,8 @@ def judged(job:Job, folder:Path)->dict:
     return vars(accuracy(chosen, rejected))
 
 # %% ../nbs/13_frontier.ipynb #5c1d90ab
-def train_ppo(job:Job)->dict: # the trained PeftModel, scores and KLs of its batches, tokens sampled
-    "PPO with as many replies as the shared set holds."
+def ppo_run(job:Job)->PPO:
+    "PPO with as many replies as the shared set holds; an interrupted one goes on where it was."
     from peft import get_peft_model
     c, tokenizer, prompts = job.config, load_tokenizer(job.config.model), prompts_of(job)[0]
     learned = job.method == "ppo_learned"
@@ -250,10 +250,19 @@ def train_ppo(job:Job)->dict: # the trained PeftModel, scores and KLs of its bat
     policy = get_peft_model(reference(job), adapter(c))
     settings = PPOConfig(steps=max(1, len(prompts) * c.per_prompt // c.batch_size), batch_size=c.batch_size,
                          max_new_tokens=c.max_new_tokens, kl_coef=job.strength, seed=job.seed, **c.ppo)
-    run = PPO(policy, tokenizer, [user_turn(p, tokenizer) for p in prompts], reward, settings)
+    run = PPO(policy, tokenizer, [user_turn(p, tokenizer) for p in prompts], reward, settings,
+              output_dir=job.folder / "work" / digest(identity(job)))
+    state = run.folder / "state.safetensors"
+    if state.exists(): load_state(run, state)
+    return run
+
+def train_ppo(job:Job)->dict: # the trained PeftModel, scores and KLs of its batches, tokens sampled
+    "PPO, and its curve."
+    run = ppo_run(job)
     lines = train(run)
     keep = ("score", "kl", "entropy", "clip_fraction", "explained_variance", "step_kl", "grad_norm")
-    return dict(policy=run.policy, log=[{k: round(h[k], 4) for k in keep} for h in lines], sampled=sum(h["tokens"] for h in lines))
+    return dict(policy=run.policy, log=[{k: round(h[k], 4) for k in keep} for h in lines],
+                sampled=sum(h["tokens"] for h in lines), seconds=sum(h["seconds"] for h in lines))
 
 # %% ../nbs/13_frontier.ipynb #defe1c36
 def switched_off(policy):
@@ -301,7 +310,7 @@ def make_cell(job:Job)->dict:
     set_seed(job.seed)
     start = time.perf_counter()
     made = MAKERS[job.method](job)
-    cost = dict(seconds=time.perf_counter() - start, memory=peak_memory())
+    cost = dict(seconds=made.pop("seconds", time.perf_counter() - start), memory=peak_memory())
     policy = made.pop("policy", None)
     if policy is not None: made |= measure(job, policy)
     return dict(method=job.method, strength=job.strength, seed=job.seed, **cost, **made)
