@@ -3,7 +3,7 @@
     python benchmarks/frontier.py world                                  enumerable worlds: the claims of page 13, a minute
     python benchmarks/frontier.py text [--seeds 0 1 2] [--minutes 8]     controlled sentiment; cells that exist are not run again
     python benchmarks/frontier.py ppo [--minutes 8]                      one knob of PPO at a time, for page 12
-    python benchmarks/frontier.py reward [--seeds 0] [--minutes 8]       reward model of hh-harmless; goes on where it stopped
+    python benchmarks/frontier.py reward [--seeds 0] [--minutes 8]       reward model of hh-harmless, on halves; goes on where it stopped
     … --record                                                           gather the cells into nbs/results/; refuses while one is missing
 """
 import argparse
@@ -38,52 +38,70 @@ class StopAfter(TrainerCallback):
 
 # ------------------------------------------------------------ the reward model on human verdicts
 
-REWARD = dict(data="hh_harmless", rank=RANK, lr=4e-4, epochs=1, batch=8, max_tokens=256, centring=.01, dtype="bfloat16")
+REWARD = dict(data="hh_harmless", dtype="bfloat16", rank=RANK, lr=3e-4, epochs=1, batch=4, warmup=10, centring=.01)
 
 
-def short_rows(name, side, tokenizer, limit):
-    "Pairs whose prompt and longer reply fit, and how many there were."
+def halves(name, tokenizer):
+    "All pairs of a data set in two halves that share no prompt."
+    import torch
+
     from dpo_literate.preferences import load_preferences
     from dpo_literate.rows import encode_pairs
-    rows, _ = encode_pairs(load_preferences(str(data_dir() / name), side), tokenizer, max_length=None, identical="drop")
-    kept = [r for r in rows if len(r.prompt_ids) + max(len(r.chosen_ids), len(r.rejected_ids)) <= limit]
-    return kept, len(rows)
+    if data_dir() is None: raise Refusal(f"no data: set DPO_LITERATE_DATA to the folder that holds {name}")
+    pairs = [p for side in ("train", "test") for p in load_preferences(str(data_dir() / name), side)]
+    rows, _ = encode_pairs(pairs, tokenizer, max_length=None, identical="drop")
+    prompts = list(dict.fromkeys(tuple(r.prompt_ids) for r in rows))
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
+    first = {prompts[i] for i in order[::2]}
+    return [[r for r in rows if (tuple(r.prompt_ids) in first) == side] for side in (True, False)]
 
 
-def reward_cell(seed, minutes):
-    "One seed of the reward model; None while it is not finished."
+def reward_trainer(c, folder, stop):
+    "A reward model about to learn one half and be judged on the other."
     from peft import LoraConfig
 
     from dpo_literate.models import load_tokenizer
-    from dpo_literate.reward_model import RewardConfig, RewardTrainer, load_reward_model, pair_scores
-    c = REWARD | dict(seed=seed)
-    folder = RUNS / f"reward-{seed}-{digest(c)}"
-    if (folder / "cell.json").exists(): return json.loads((folder / "cell.json").read_text())
-    start, tokenizer = time.perf_counter(), load_tokenizer("bundled")
-    (train, of), (test, of_test) = (short_rows(c["data"], side, tokenizer, c["max_tokens"]) for side in ("train", "test"))
-    args = RewardConfig(str(folder), num_train_epochs=c["epochs"], learning_rate=c["lr"], per_device_train_batch_size=c["batch"], max_length=None, centring=c["centring"],
-                        seed=seed, warmup_steps=10, lr_scheduler_type="cosine", logging_steps=5, save_strategy="no", save_total_limit=1, report_to=[], disable_tqdm=True)
-    stop = StopAfter(60 * minutes)
+    from dpo_literate.reward_model import RewardConfig, RewardTrainer, load_reward_model
+    tokenizer = load_tokenizer("bundled")
+    both = halves(c["data"], tokenizer)
+    args = RewardConfig(str(folder), num_train_epochs=c["epochs"], learning_rate=c["lr"], per_device_train_batch_size=c["batch"], max_length=None, centring=c["centring"], seed=c["seed"],
+                        warmup_steps=c["warmup"], lr_scheduler_type="cosine", logging_steps=5, save_strategy="no", save_total_limit=1, report_to=[], disable_tqdm=True)
     adapter = LoraConfig(r=c["rank"], lora_alpha=2 * c["rank"], target_modules=TARGETS, exclude_modules=["score"])
-    trainer = RewardTrainer(load_reward_model("bundled", c["dtype"]), args, train, test, processing_class=tokenizer, peft_config=adapter, callbacks=[stop])
+    return RewardTrainer(load_reward_model("bundled", c["dtype"]), args, both[c["fold"]], both[1 - c["fold"]], processing_class=tokenizer, peft_config=adapter, callbacks=[stop])
+
+
+def reward_cell(seed, fold, minutes):
+    "A reward model of one half; None while it is not finished."
+    from dpo_literate.reward_model import pair_scores
+    c = REWARD | dict(seed=seed, fold=fold)
+    folder = RUNS / f"reward-{fold}-{seed}-{digest(c)}"
+    if (folder / "cell.json").exists(): return json.loads((folder / "cell.json").read_text())
+    start, stop = time.perf_counter(), StopAfter(60 * minutes)
+    trainer = reward_trainer(c, folder, stop)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
-    spent = clock(folder / "clock.json") + time.perf_counter() - start
+    def spent(): return clock(folder / "clock.json") + time.perf_counter() - start
     if stop.stopped:
-        write_atomic(folder / "clock.json", to_json(dict(seconds=spent)))
+        write_atomic(folder / "clock.json", to_json(dict(seconds=spent())))
         return None
     chosen, rejected = pair_scores(trainer.model, trainer.eval_dataset, trainer.pieces, 8)
     log = [{k: round(float(h[k]), 4) for k in ("step", "loss", "scores/accuracies")} for h in trainer.state.log_history if "loss" in h]
-    cell = dict(seed=seed, chosen=[round(x, 4) for x in chosen.tolist()], rejected=[round(x, 4) for x in rejected.tolist()], log=log, train_pairs=len(train), of=of, test_pairs=len(test), of_test=of_test,
-                seconds=clock(folder / "clock.json") + time.perf_counter() - start)
+    def rounded(x): return [round(v, 4) for v in x.tolist()]
+    cell = dict(seed=seed, fold=fold, chosen=rounded(chosen), rejected=rounded(rejected), log=log, train_pairs=len(trainer.train_dataset), seconds=spent())
     write_atomic(folder / "cell.json", to_json(cell))
     return cell
 
 
 def reward(args):
-    cells = [reward_cell(seed, args.minutes) for seed in args.seeds]
-    if None in cells: return print("not finished: run again") or 3
-    save_result("reward_hh", dict(cells=cells), command="python benchmarks/frontier.py reward --seeds " + " ".join(map(str, args.seeds)), config=REWARD, seed=args.seeds,
-                seconds=sum(c["seconds"] for c in cells), what="Scores that a reward model of the bundled model gives the held-out pairs of hh-harmless.")
+    "Every pair is judged by the model that has not read it."
+    end, cells = time.monotonic() + 60 * args.minutes, []
+    for seed, fold in ((s, f) for s in args.seeds for f in (0, 1)):
+        cells.append(reward_cell(seed, fold, (end - time.monotonic()) / 60))
+        if cells[-1] is None: return print(f"seed {seed} half {fold} is not finished: run again") or 3
+        right = [(a > b) + (a == b) / 2 for a, b in zip(cells[-1]["chosen"], cells[-1]["rejected"])]
+        print(f"seed {seed} half {fold}: {sum(right) / len(right):.3f} of {len(right)} held-out pairs, {cells[-1]['seconds']:.0f} s", flush=True)
+    if not args.record: return 0
+    save_result("reward_hh", dict(cells=cells), command="python benchmarks/frontier.py reward --record", config=REWARD, seed=args.seeds, seconds=sum(c["seconds"] for c in cells),
+                what="Scores that reward models of the bundled model give the half of hh-harmless that they have not read.")
 
 
 # ------------------------------------------------------------ enumerable worlds
@@ -144,40 +162,62 @@ def small(cell):
     return kept | {k: means(k) for k in ("rewards", "kls") if k in cell and cell["method"] != "shared"}
 
 
-def text(args):
-    from dpo_literate.frontier import STRENGTHS, FrontierConfig, plan, run_jobs
-    config = FrontierConfig()
-    jobs = plan(config, args.seeds, args.methods or list(STRENGTHS), args.prompts, RUNS / "text")
-    cells = run_jobs(jobs, 0 if args.record else args.minutes)
-    if not args.record: return 0
-    if len(cells) < len(jobs): raise Refusal(f"{len(jobs) - len(cells)} cells are missing, first {jobs[len(cells)]}: run it without --record")
-    save_result("frontier_text", dict(cells=[small(c) for c in cells]), command="python benchmarks/frontier.py text --record", config=asdict(config), seed=args.seeds,
-                seconds=sum(c["seconds"] for c in cells), what="True reward and exact KL of every method on held-out prompts, with seconds, memory and tokens sampled.")
-
-
 # ------------------------------------------------------------ what PPO on text is sensitive to
 
-# 32 prompts × 4 replies, prompts and seed that page 13 does not use for its claims; the first arm is the setting of page 13
+# 32 prompts × 4 replies, of a seed whose cells no claim uses; the best learning rate and its neighbours go to page 13
 BASE = dict(lr=5e-4, value_lr=1e-4, epochs=2)
-ARMS = {"page 13": {}, "lr / 50": dict(lr=1e-5), "lr / 5": dict(lr=1e-4), "lr × 4": dict(lr=2e-3), "value lr × 10": dict(value_lr=1e-3), "value lr 0": dict(value_lr=0.),
+ARMS = {"base": {}, "lr 1e-5": dict(lr=1e-5), "lr 2e-4": dict(lr=2e-4), "lr 1e-3": dict(lr=1e-3), "value lr 1e-3": dict(value_lr=1e-3), "value lr 0": dict(value_lr=0.),
         "one epoch": dict(epochs=1), "not whitened": dict(whiten=False)}
-TUNING_SEED = 9
+TUNING_SEED, KL_COEF, BATCH = 9, .02, 16
 
 
 def sweep_jobs(arms):
     from dpo_literate.frontier import FrontierConfig, Job
-    return [Job(FrontierConfig(n_train=32, batch_size=16, ppo=BASE | ARMS[arm]), "ppo_true", .02, TUNING_SEED, None, RUNS / "text") for arm in arms]
+    return [Job(FrontierConfig(n_train=32, batch_size=BATCH, ppo=BASE | ARMS[arm]), "ppo_true", KL_COEF, TUNING_SEED, None, RUNS / "text") for arm in arms]
+
+
+def late_score(cell):
+    "Mean score of the second half of the batches, all on training prompts."
+    half = [h["score"] for h in cell["log"]][len(cell["log"]) // 2:]
+    return sum(half) / len(half)
 
 
 def ppo(args):
+    "One setting changed at a time."
     from dpo_literate.frontier import run_jobs
     arms = args.arms or list(ARMS)
     cells = run_jobs(sweep_jobs(arms), 0 if args.record else args.minutes)
+    if len(cells) < len(arms): return print(f"{len(arms) - len(cells)} arms are missing, first {arms[len(cells)]!r}: run it again, without --record") or 3
+    for arm, c in zip(arms, cells): print(f"{arm:16} score {c['log'][0]['score']:.3f} at first, {late_score(c):.3f} in the second half")
     if not args.record: return 0
-    if len(cells) < len(arms): raise Refusal(f"{len(arms) - len(cells)} cells are missing, first {arms[len(cells)]}: run it without --record")
-    save_result("ppo_text", dict(arms=[small(c) | dict(name=arm, settings=BASE | ARMS[arm]) for c, arm in zip(cells, arms)]), command="python benchmarks/frontier.py ppo --record",
-                config=dict(base=BASE, arms=ARMS, prompts=32, replies=128, batch_size=16, kl_coef=.02), seed=TUNING_SEED, seconds=sum(c["seconds"] for c in cells),
+    save_result("ppo_text", dict(arms=[small(c) | dict(name=arm, settings=BASE | ARMS[arm]) for arm, c in zip(arms, cells)]), command="python benchmarks/frontier.py ppo --record",
+                config=dict(base=BASE, arms=ARMS, prompts=32, replies=128, batch_size=BATCH, kl_coef=KL_COEF), seed=TUNING_SEED, seconds=sum(c["seconds"] for c in cells),
                 what="PPO with the true reward on the bundled model, one setting changed at a time.")
+
+
+# ------------------------------------------------------------ the frontier
+
+def tuned(args):
+    "The experiment, with the settings that did best in the sweep; None while the sweep is not finished."
+    from dpo_literate.frontier import FrontierConfig, run_jobs
+    cells = run_jobs(sweep_jobs(ARMS), 0 if args.record else args.minutes)
+    if len(cells) < len(ARMS): return None
+    best = max(zip(ARMS, cells), key=lambda x: late_score(x[1]))[0]
+    print(f"PPO as in the arm {best!r}", flush=True)
+    return FrontierConfig(batch_size=BATCH, ppo=BASE | ARMS[best])
+
+
+def text(args):
+    from dpo_literate.frontier import STRENGTHS, FrontierConfig, plan, run_jobs
+    methods, start = args.methods or list(STRENGTHS), time.monotonic()
+    config = tuned(args) if any(m.startswith("ppo") for m in methods) else FrontierConfig()
+    if config is None: return print("the sweep of PPO's settings is not finished: run it again, without --record") or 3
+    jobs = plan(config, args.seeds, methods, args.prompts, RUNS / "text")
+    cells = run_jobs(jobs, 0 if args.record else args.minutes - (time.monotonic() - start) / 60)
+    if not args.record: return 0 if len(cells) == len(jobs) else 3
+    if len(cells) < len(jobs): raise Refusal(f"{len(jobs) - len(cells)} cells are missing, first {jobs[len(cells)]}: run it without --record")
+    save_result("frontier_text", dict(cells=[small(c) for c in cells]), command="python benchmarks/frontier.py text --record", config=asdict(config), seed=args.seeds,
+                seconds=sum(c["seconds"] for c in cells), what="True reward and exact KL of every method on held-out prompts, with seconds, memory and tokens sampled.")
 
 
 def main(argv=None):
@@ -188,7 +228,7 @@ def main(argv=None):
         p = kinds.add_parser(name)
         p.add_argument("--seeds", type=int, nargs="+", default=seeds)
         p.add_argument("--minutes", type=float, default=math.inf, help="after these no new cell is begun")
-        if name != "reward": p.add_argument("--record", action="store_true", help="write nbs/results")
+        p.add_argument("--record", action="store_true", help="write nbs/results")
         if name == "ppo": p.add_argument("--arms", nargs="+", help="some of them")
         if name == "text":
             p.add_argument("--prompts", help="a text file, a prompt a line; those of page 11 by default")
