@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STRENGTHS', 'NEEDS', 'MAKERS', 'LOOKS', 'Point', 'point_of', 'wide_world', 'reward_at', 'shortfall', 'best_of_n',
            'best_of_n_bound', 'imitation', 'FrontierConfig', 'Job', 'prompts_of', 'identity', 'cell_of',
-           'write_replies', 'reference', 'scored', 'shared_replies', 'pool', 'adapter', 'quiet', 'pairs_of',
-           'train_offline', 'train_judge', 'judged', 'ppo_run', 'train_ppo', 'switched_off', 'measure', 'best_of',
-           'best_replies', 'make_cell', 'run_cell', 'whole_cost', 'summary', 'plot_frontier', 'OutOfTime', 'plan',
-           'in_a_process', 'run_jobs', 'main_frontier', 'report_frontier']
+           'write_replies', 'scored', 'reference', 'shared_replies', 'pool', 'adapter', 'quiet', 'pairs_of',
+           'train_offline', 'as_asked', 'train_judge', 'judged', 'reward_of', 'ppo_run', 'train_ppo', 'switched_off',
+           'measure', 'best_of', 'best_replies', 'make_cell', 'run_cell', 'whole_cost', 'point', 'summary',
+           'plot_frontier', 'OutOfTime', 'plan', 'in_a_process', 'line_of', 'run_jobs', 'main_frontier']
 
 # %% ../nbs/13_frontier.ipynb #854a6e90
 import argparse, math, shutil, time
@@ -23,8 +23,8 @@ from .models import load_model, load_tokenizer, write_folder
 from .plots import COLORS, finish, new_fig
 from .ppo import PPO, PPOConfig, load_state, reward_function, train, user_turn
 from .results import Refusal, bootstrap_interval, provenance, to_json, write_atomic
-from .reward_model import (RewardConfig, RewardTrainer, accuracy, score_texts, standardise,
-                                       with_score_head)
+from .reward_model import (RewardConfig, RewardTrainer, accuracy, score_texts,
+                                       standardise, with_score_head)
 from .rows import Row
 from .runs import Stages, digest, peak_memory
 from .trainer import DPOConfig, DPOTrainer
@@ -54,8 +54,10 @@ def wide_world(
     "Many replies, a random reference, independent rewards."
     g, shape = torch.Generator().manual_seed(seed), (n_prompts, n_replies)
     ref, rewards = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(2))
-    return World([f"prompt {i}" for i in range(n_prompts)], [[f"reply {j}" for j in range(n_replies)]] * n_prompts,
-                 torch.full((n_prompts,), 1 / n_prompts, dtype=torch.float64), ref.log_softmax(-1), rewards)
+    replies = [f"reply {j}" for j in range(n_replies)]
+    even = torch.full((n_prompts,), 1 / n_prompts, dtype=torch.float64)
+    return World([f"prompt {i}" for i in range(n_prompts)], [replies] * n_prompts, even,
+                 ref.log_softmax(-1), rewards)
 
 # %% ../nbs/13_frontier.ipynb #17fa7e8e
 def reward_at(
@@ -63,12 +65,13 @@ def reward_at(
     d:float,     # KL to spend (nat)
 )->float:        # the most reward any policy gets with it
     "Formula (13.1), by halving an interval of log β."
-    low, high = -9., 9.                              # log β: KL falls as β grows
+    def at(x): return point_of(world, optimal_policy(world.ref_logps, world.rewards, math.exp(x)))
+    low, high = -9., 9.                              # KL falls as β grows
     for _ in range(80):
         middle = (low + high) / 2
-        if point_of(world, optimal_policy(world.ref_logps, world.rewards, math.exp(middle))).kl > d: low = middle
+        if at(middle).kl > d: low = middle
         else: high = middle
-    return point_of(world, optimal_policy(world.ref_logps, world.rewards, math.exp(low))).reward
+    return at(low).reward
 
 def shortfall(
     world:World,  # where the policy lives
@@ -99,7 +102,8 @@ def imitation(
     alpha:float=0., # how hard the rejected reply is pushed down; 0: SFT on the chosen
 )->dict:            # settings of `DPOConfig`
     "Likelihood of the chosen reply, unlikelihood of the rejected one."
-    return dict(loss_type=["unlikelihood"], loss_kwargs=dict(unlikelihood=dict(unlikelihood_alpha=alpha)))
+    weights = dict(unlikelihood=dict(unlikelihood_alpha=alpha))
+    return dict(loss_type=["unlikelihood"], loss_kwargs=weights)
 
 # %% ../nbs/13_frontier.ipynb #b919c76b
 @dataclass(frozen=True)
@@ -123,8 +127,8 @@ class FrontierConfig:
 # %% ../nbs/13_frontier.ipynb #5a3226e0
 STRENGTHS = dict(best_of_n=(1, 2, 4, 8), dpo=(.1, .3, 1.), sft=(1,), unlikelihood=(.5,),
                  ppo_true=(.02, .1), ppo_learned=(.02, .1))
-NEEDS = dict(dpo=("shared",), sft=("shared",), unlikelihood=("shared",), ppo_learned=("shared", "judge"),
-             judge=("shared", "pool"), best_of_n=("pool",))
+NEEDS = dict(dpo=("shared",), sft=("shared",), unlikelihood=("shared",), best_of_n=("pool",),
+             judge=("shared", "pool"), ppo_learned=("shared", "judge"))
 
 class Job(NamedTuple):
     "One cell of the experiment."
@@ -150,36 +154,46 @@ def prompts_of(job:Job)->tuple[list[str],list[str]]: # to train on, held out
 def identity(job:Job)->dict: # everything a cell depends on
     train, held = prompts_of(job)
     settings = asdict(job.config)
-    if not job.method.startswith("ppo"): settings = {k: v for k, v in settings.items() if k not in ("ppo", "batch_size")}
-    return dict(settings, method=job.method, strength=job.strength, seed=job.seed, train=train, held=held)
+    mine = dict(method=job.method, strength=job.strength, seed=job.seed)
+    if not job.method.startswith("ppo"):
+        settings = {k: v for k, v in settings.items() if k not in ("ppo", "batch_size")}
+    return dict(settings, **mine, train=train, held=held)
 
 def cell_of(job:Job, make)->dict: # from disk, or made and put there
-    return Stages(job.folder).do(job.method, identity(job), lambda: make(job), f"-{job.strength:g}-{job.seed}")
+    part = f"-{job.strength:g}-{job.seed}"
+    return Stages(job.folder).do(job.method, identity(job), lambda: make(job), part)
 
 # %% ../nbs/13_frontier.ipynb #c65b02f1
-def write_replies(model, job:Job, prompts:list[str], n:int, seed:int)->list[list[dict]]: # n to each prompt
-    "Replies of a model to prompts, at temperature 1, sixteen prompts at a time."
-    tokenizer, c = load_tokenizer(job.config.model), job.config
-    found = []
+def write_replies(
+    job:Job, model,       # the cell; who writes
+    prompts:list[str], n:int, # n replies to each
+    seed:int,             # of the sampling
+)->list[list[dict]]:      # for each prompt its replies
+    "Replies at temperature 1, sixteen prompts at a time."
+    tokenizer, found = load_tokenizer(job.config.model), []
     for i in range(0, len(prompts), 16):
-        found += sample(model, tokenizer, prompts[i:i + 16], per_prompt=n, limit=c.max_new_tokens, temperature=1., seed=seed)
+        found += sample(model, tokenizer, prompts[i:i + 16], per_prompt=n, seed=seed,
+                        limit=job.config.max_new_tokens, temperature=1.)
     return found
 
-def reference(job:Job): return load_model(job.config.model, job.config.dtype)
-
-def scored(job:Job, model, prompts, n, seed)->dict: # texts, rewards, tokens sampled
+def scored(job:Job, model, prompts:list, n:int, seed:int)->dict: # replies, rewards, tokens sampled
     "Replies with their true rewards."
-    replies = write_replies(model, job, prompts, n, seed)
-    return dict(replies=replies, rewards=score(reward_function(job.config.reward), prompts, replies),
-                sampled=sum(len(r["ids"]) for rs in replies for r in rs))
+    replies = write_replies(job, model, prompts, n, seed)
+    rewards = score(reward_function(job.config.reward), prompts, replies)
+    tokens = sum(len(r["ids"]) for rs in replies for r in rs)
+    return dict(replies=replies, rewards=rewards, sampled=tokens)
 
 # %% ../nbs/13_frontier.ipynb #5c1d90aa
+def reference(job:Job): return load_model(job.config.model, job.config.dtype)
+
 def shared_replies(job:Job)->dict: # what `scored` gives, and the pairs
     "The data set: replies of the reference, best against worst."
     prompts, tokenizer = prompts_of(job)[0], load_tokenizer(job.config.model)
     found = scored(job, reference(job), prompts, job.config.per_prompt, job.seed)
-    rows, tied = best_against_worst([ask(p, tokenizer) for p in prompts], found["replies"], found["rewards"])
-    return dict(found, tied=tied, pairs=[[r.prompt_ids, r.chosen_ids, r.rejected_ids] for r in rows])
+    ids = [ask(p, tokenizer) for p in prompts]
+    rows, tied = best_against_worst(ids, found["replies"], found["rewards"])
+    pairs = [[r.prompt_ids, r.chosen_ids, r.rejected_ids] for r in rows]
+    return dict(found, tied=tied, pairs=pairs)
 
 def pool(job:Job)->dict: # what `scored` gives
     "Replies of the reference to the held-out prompts."
@@ -189,80 +203,98 @@ def pool(job:Job)->dict: # what `scored` gives
 def adapter(config:FrontierConfig, **more):
     "The adapter every method trains."
     from peft import LoraConfig
-    return LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules="all-linear", **more)
+    r = config.rank
+    return LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", **more)
 
 def quiet(job:Job)->dict: # arguments that both trainers share
     c = job.config
-    return dict(output_dir=str(job.folder / "trainer"), seed=job.seed, learning_rate=c.lr, num_train_epochs=c.epochs,
-                per_device_train_batch_size=8, lr_scheduler_type="cosine", warmup_steps=1, max_length=None,
-                save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1)
+    return dict(output_dir=str(job.folder / "trainer"), seed=job.seed, learning_rate=c.lr,
+                num_train_epochs=c.epochs, per_device_train_batch_size=8, max_length=None,
+                lr_scheduler_type="cosine", warmup_steps=1, save_strategy="no", report_to=[],
+                disable_tqdm=True, logging_steps=1)
 
 def pairs_of(job:Job)->list[Row]:
     "The shared pairs as rows."
-    return [Row(*pair, id=str(k)) for k, pair in enumerate(cell_of(job.stage("shared"), make_cell)["pairs"])]
+    pairs = cell_of(job.stage("shared"), make_cell)["pairs"]
+    return [Row(*pair, id=str(k)) for k, pair in enumerate(pairs)]
 
+# %% ../nbs/13_frontier.ipynb #a93953e6
 def train_offline(job:Job)->dict: # the trained PeftModel, and losses
     "DPO, SFT on chosen, or unlikelihood, on the shared pairs."
-    loss = dict(dpo=dict(beta=job.strength), sft=imitation(), unlikelihood=imitation(job.strength))[job.method]
-    trainer = DPOTrainer(reference(job), args=DPOConfig(**quiet(job), **loss), train_dataset=pairs_of(job),
-                         processing_class=load_tokenizer(job.config.model), peft_config=adapter(job.config))
+    alpha = job.strength if job.method == "unlikelihood" else 0.
+    loss = dict(beta=job.strength) if job.method == "dpo" else imitation(alpha)
+    args = DPOConfig(**quiet(job), **loss)
+    trainer = DPOTrainer(reference(job), args=args, train_dataset=pairs_of(job),
+                         peft_config=adapter(job.config),
+                         processing_class=load_tokenizer(job.config.model))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    losses = [round(h["loss"], 4) for h in trainer.state.log_history if "loss" in h]
-    return dict(policy=trainer.model.eval(), log=losses, sampled=0)
+    log = [round(h["loss"], 4) for h in trainer.state.log_history if "loss" in h]
+    return dict(policy=trainer.model.eval(), log=log, sampled=0)
 
 # %% ../nbs/13_frontier.ipynb #7b563d8f
-def train_judge(job:Job)->dict: # its folder, and how often it orders held-out replies as the true reward does
+def as_asked(job:Job, prompts, replies)->tuple: # flat lists of prompts and texts, for a judge
+    tokenizer = load_tokenizer(job.config.model)
+    flat = [(user_turn(p, tokenizer), r["text"]) for p, rs in zip(prompts, replies) for r in rs]
+    return tuple(map(list, zip(*flat)))
+
+def train_judge(job:Job)->dict: # its folder, and how often it is right on held-out replies
     "A reward model that has seen the shared pairs and nothing else."
-    tokenizer, c = load_tokenizer(job.config.model), job.config
-    trainer = RewardTrainer(with_score_head(reference(job)), RewardConfig(**quiet(job)), pairs_of(job),
-                            processing_class=tokenizer, peft_config=adapter(c, exclude_modules=["score"]))
+    c, tokenizer = job.config, load_tokenizer(job.config.model)
+    trainer = RewardTrainer(with_score_head(reference(job)), RewardConfig(**quiet(job)),
+                            pairs_of(job), processing_class=tokenizer,
+                            peft_config=adapter(c, exclude_modules=["score"]))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    shared, prompts = cell_of(job.stage("shared"), make_cell), prompts_of(job)[0]
-    flat = [(user_turn(p, tokenizer), r["text"]) for p, rs in zip(prompts, shared["replies"]) for r in rs]
-    standardise(trainer.model, score_texts(trainer.model.eval(), tokenizer, *zip(*flat)))
-    folder = job.folder / f"judge-{job.seed}"
+    model, shared = trainer.model.eval(), cell_of(job.stage("shared"), make_cell)
+    asked = as_asked(job, prompts_of(job)[0], shared["replies"])
+    standardise(model, score_texts(model, tokenizer, *asked))
+    folder = job.folder / f"judge-{digest(identity(job))}"
     shutil.rmtree(folder, ignore_errors=True)
-    write_folder(folder, trainer.model.merge_and_unload(), tokenizer)
-    return dict(folder=str(folder), accuracy=judged(job, folder), sampled=0)
+    write_folder(folder, model.merge_and_unload(), tokenizer)
+    return dict(folder=folder.name, accuracy=judged(job, folder), sampled=0)
 
-def judged(job:Job, folder:Path)->dict:
+# %% ../nbs/13_frontier.ipynb #7b563d90
+def judged(job:Job, folder:Path)->dict: # value, low, high, n
     "Accuracy of a judge on pairs of held-out reference replies."
     held, pool = prompts_of(job)[1], cell_of(job.stage("pool"), make_cell)
-    tokenizer = load_tokenizer(job.config.model)
-    flat = [(user_turn(p, tokenizer), r["text"]) for p, rs in zip(held, pool["replies"]) for r in rs[:2]]
-    s = reward_function(folder)(*zip(*flat)).view(-1, 2)
-    r = torch.tensor(pool["rewards"])[:, :2]
-    differ = r[:, 0] != r[:, 1]
-    better = (r[:, 0] > r[:, 1])[:, None]
-    chosen, rejected = torch.where(better, s, s.flip(1))[differ].T
+    asked = as_asked(job, held, [rs[:2] for rs in pool["replies"]])
+    s, r = reward_function(folder)(*asked).view(-1, 2), torch.tensor(pool["rewards"])[:, :2]
+    first = (r[:, 0] > r[:, 1])[:, None]
+    chosen, rejected = torch.where(first, s, s.flip(1))[r[:, 0] != r[:, 1]].T
     return vars(accuracy(chosen, rejected))
 
 # %% ../nbs/13_frontier.ipynb #5c1d90ab
+def reward_of(job:Job): # (prompts, replies) -> numbers
+    "What a PPO cell maximises."
+    if job.method == "ppo_true": return reward_function(job.config.reward)
+    return reward_function(job.folder / cell_of(job.stage("judge"), make_cell)["folder"])
+
 def ppo_run(job:Job)->PPO:
-    "PPO with as many replies as the shared set holds; an interrupted one goes on where it was."
+    "As many replies as the shared set holds; an interrupted run goes on where it was."
     from peft import get_peft_model
     c, tokenizer, prompts = job.config, load_tokenizer(job.config.model), prompts_of(job)[0]
-    learned = job.method == "ppo_learned"
-    reward = reward_function(cell_of(job.stage("judge"), make_cell)["folder"] if learned else c.reward)
-    set_seed(job.seed)
+    reward, steps = reward_of(job), max(1, len(prompts) * c.per_prompt // c.batch_size)
+    set_seed(job.seed)                                     # the adapter's start
     policy = get_peft_model(reference(job), adapter(c))
-    settings = PPOConfig(steps=max(1, len(prompts) * c.per_prompt // c.batch_size), batch_size=c.batch_size,
-                         max_new_tokens=c.max_new_tokens, kl_coef=job.strength, seed=job.seed, **c.ppo)
-    run = PPO(policy, tokenizer, [user_turn(p, tokenizer) for p in prompts], reward, settings,
-              output_dir=job.folder / "work" / digest(identity(job)))
-    state = run.folder / "state.safetensors"
+    settings = PPOConfig(steps=steps, batch_size=c.batch_size, max_new_tokens=c.max_new_tokens,
+                         kl_coef=job.strength, seed=job.seed, **c.ppo)
+    turns = [user_turn(p, tokenizer) for p in prompts]
+    folder = job.folder / "work" / digest(identity(job))
+    run = PPO(policy, tokenizer, turns, reward, settings, output_dir=folder)
+    state = folder / "state.safetensors"
     if state.exists(): load_state(run, state)
     return run
 
-def train_ppo(job:Job)->dict: # the trained PeftModel, scores and KLs of its batches, tokens sampled
+# %% ../nbs/13_frontier.ipynb #5c1d90b3
+def train_ppo(job:Job)->dict: # the trained PeftModel, and what its batches said
     "PPO, and its curve."
     run = ppo_run(job)
     lines = train(run)
     keep = ("score", "kl", "entropy", "clip_fraction", "explained_variance", "step_kl", "grad_norm")
-    return dict(policy=run.policy, log=[{k: round(h[k], 4) for k in keep} for h in lines],
-                sampled=sum(h["tokens"] for h in lines), seconds=sum(h["seconds"] for h in lines))
+    log = [{k: round(h[k], 4) for k in keep} for h in lines]
+    total = lambda k: sum(h[k] for h in lines)
+    return dict(policy=run.policy, log=log, sampled=total("tokens"), seconds=total("seconds"))
 
 # %% ../nbs/13_frontier.ipynb #defe1c36
 def switched_off(policy):
@@ -272,16 +304,19 @@ def switched_off(policy):
     return ref
 
 def measure(
-    job:Job, policy, # a PeftModel
-)->dict:             # reward and KL of every reply, prompt by prompt
+    job:Job, policy, # the cell; a PeftModel
+)->dict:             # reward and KL of every reply, prompt by prompt; the first reply to each
     "Reward and distance on held-out prompts."
-    held, K, tokenizer = prompts_of(job)[1], job.config.eval_replies, load_tokenizer(job.config.model)
+    held, K = prompts_of(job)[1], job.config.eval_replies
+    tokenizer = load_tokenizer(job.config.model)
     found = scored(job, policy, held, K, 20_000 + job.seed)
-    ids = [ask(p, tokenizer) for p in held for _ in range(K)]
-    replies = [r["ids"] for rs in found["replies"] for r in rs]
-    kls = torch.cat([kl_per_reply(policy, switched_off(policy), ids[i:i + 16], replies[i:i + 16])[0]
-                     for i in range(0, len(ids), 16)])
-    return dict(rewards=found["rewards"], kls=kls.view(-1, K).tolist(), texts=[rs[0]["text"] for rs in found["replies"]])
+    ids, replies = [ask(p, tokenizer) for p in held for _ in range(K)], sum(found["replies"], [])
+    kls, ref = [], switched_off(policy)
+    for i in range(0, len(ids), 16):
+        drawn = [r["ids"] for r in replies[i:i + 16]]
+        kls += kl_per_reply(policy, ref, ids[i:i + 16], drawn)[0].tolist()
+    kls = [kls[i:i + K] for i in range(0, len(kls), K)]
+    return dict(rewards=found["rewards"], kls=kls, texts=[rs[0]["text"] for rs in found["replies"]])
 
 # %% ../nbs/13_frontier.ipynb #5c1d90ae
 def best_of(
@@ -291,8 +326,8 @@ def best_of(
     "Formula (13.3)."
     r, m = rewards.double().sort(-1).values, rewards.shape[-1]
     if not 1 <= n <= m: raise Refusal(f"best of {n} needs at least {n} replies; there are {m}")
-    share = torch.tensor([math.comb(i, n - 1) / math.comb(m, n) for i in range(m)], dtype=torch.float64)
-    return r @ share
+    share = [math.comb(i, n - 1) / math.comb(m, n) for i in range(m)]
+    return r @ torch.tensor(share, dtype=torch.float64)
 
 def best_replies(job:Job)->dict: # as `measure`
     "Best-of-n on the pool."
@@ -301,8 +336,9 @@ def best_replies(job:Job)->dict: # as `measure`
     return dict(rewards=rewards, kls=[[best_of_n_bound(n)]] * len(rewards), sampled=0)
 
 # %% ../nbs/13_frontier.ipynb #6e82c7b8
-MAKERS = dict(shared=shared_replies, pool=pool, judge=train_judge, best_of_n=best_replies, dpo=train_offline,
-              sft=train_offline, unlikelihood=train_offline, ppo_true=train_ppo, ppo_learned=train_ppo)
+MAKERS = dict(shared=shared_replies, pool=pool, judge=train_judge, best_of_n=best_replies,
+              dpo=train_offline, sft=train_offline, unlikelihood=train_offline,
+              ppo_true=train_ppo, ppo_learned=train_ppo)
 
 def make_cell(job:Job)->dict:
     "One cell: its needs, its training with what that cost, its measurement."
@@ -310,10 +346,10 @@ def make_cell(job:Job)->dict:
     set_seed(job.seed)
     start = time.perf_counter()
     made = MAKERS[job.method](job)
-    cost = dict(seconds=made.pop("seconds", time.perf_counter() - start), memory=peak_memory())
-    policy = made.pop("policy", None)
-    if policy is not None: made |= measure(job, policy)
-    return dict(method=job.method, strength=job.strength, seed=job.seed, **cost, **made)
+    cost = dict(seconds=time.perf_counter() - start, memory=peak_memory()) | made
+    policy = cost.pop("policy", None)
+    if policy is not None: cost |= measure(job, policy)
+    return dict(method=job.method, strength=job.strength, seed=job.seed) | cost
 
 def run_cell(job:Job)->dict:
     "One point of the frontier: made, or read where it was made before."
@@ -334,20 +370,24 @@ def whole_cost(
                 memory=max(c["memory"] for c in parts))
 
 # %% ../nbs/13_frontier.ipynb #813f82d7
+def point(mine:list[dict], cells:list[dict])->dict: # cells of one method and strength; all
+    "Mean over seeds, 95 % interval over held-out prompts, mean cost."
+    by_prompt = lambda k: torch.tensor([[sum(x) / len(x) for x in c[k]] for c in mine]).double()
+    r, d = by_prompt("rewards"), by_prompt("kls")                        # (S,P)
+    low, high = bootstrap_interval(r.mean(0))
+    costs = [whole_cost(c, cells) for c in mine]
+    return dict(kl=d.mean().item(), reward=r.mean().item(), low=low, high=high, seeds=len(mine),
+                by_seed=list(zip(d.mean(1).tolist(), r.mean(1).tolist())),
+                **{k: sum(c[k] for c in costs) / len(costs) for k in costs[0]})
+
 def summary(
     cells:list[dict], # of any methods and seeds, and their stages
-)->list[dict]:        # a row a method and strength: means, and a 95 % interval over held-out prompts
-    "The chart's points: first over seeds, then over prompts."
-    rows, points = [], [c for c in cells if "kls" in c]
-    for method, strength in dict.fromkeys((c["method"], c["strength"]) for c in points):
-        mine = [c for c in points if (c["method"], c["strength"]) == (method, strength)]
-        r, d = (torch.tensor([[sum(x) / len(x) for x in c[k]] for c in mine]).double() for k in ("rewards", "kls")) # (S,P)
-        low, high = bootstrap_interval(r.mean(0))
-        costs = [whole_cost(c, cells) for c in mine]
-        rows.append(dict(method=method, strength=strength, seeds=len(mine), kl=d.mean().item(), reward=r.mean().item(),
-                         low=low, high=high, by_seed=list(zip(d.mean(1).tolist(), r.mean(1).tolist())),
-                         **{k: sum(c[k] for c in costs) / len(costs) for k in costs[0]}))
-    return rows
+)->list[dict]:        # a row a method and strength
+    "The chart's points."
+    groups = {}
+    for c in cells:
+        if "kls" in c: groups.setdefault((c["method"], c["strength"]), []).append(c)
+    return [dict(method=m, strength=s, **point(mine, cells)) for (m, s), mine in groups.items()]
 
 # %% ../nbs/13_frontier.ipynb #5c1d90b1
 LOOKS = dict(dpo=("chosen", "o-"), ppo_true=("policy", "s-"), ppo_learned=("policy", "s--"),
@@ -358,14 +398,15 @@ def plot_frontier(
 ):                   # a figure
     "Reward against KL, a line a method; bars over prompts, small dots for the seeds."
     fig, ax = new_fig(width=6, height=3.6)
-    for method, (color, style) in LOOKS.items():
+    for method, (hue, style) in LOOKS.items():
         mine = sorted((r for r in rows if r["method"] == method), key=lambda r: r["kl"])
-        if not mine: continue
-        ax.plot([r["kl"] for r in mine], [r["reward"] for r in mine], style, color=COLORS[color], label=method.replace("_", " "))
-        for r in mine:
-            ax.plot([r["kl"]] * 2, [r["low"], r["high"]], color=COLORS[color], lw=1, alpha=.6)
-            ax.plot(*zip(*r["by_seed"]), ".", color=COLORS[color], ms=3)
-    ax.set(xlabel="KL from the reference (nat a reply)", ylabel="true reward, held-out prompts", title="Reward for a nat")
+        d, look = [r["kl"] for r in mine], dict(color=COLORS[hue])
+        label = method.replace("_", " ")
+        if mine: ax.plot(d, [r["reward"] for r in mine], style, label=label, **look)
+        ax.vlines(d, [r["low"] for r in mine], [r["high"] for r in mine], lw=1, alpha=.6, **look)
+        for r in mine: ax.plot(*zip(*r["by_seed"]), ".", ms=3, **look)
+    ax.set(xlabel="KL from the reference (nat a reply)", ylabel="true reward, held-out prompts",
+           title="Reward for a nat")
     ax.legend(fontsize=8)
     return finish(fig)
 
@@ -375,19 +416,26 @@ class OutOfTime(Exception): pass
 def plan(config:FrontierConfig, seeds, methods, prompts, folder:Path)->list[Job]:
     "Cells in order: all methods of a seed before the next seed, stages first."
     for m in methods:
-        if m not in STRENGTHS: raise Refusal(f"no method is called {m!r}; there are {', '.join(STRENGTHS)}")
-    jobs = [Job(config, m, float(s), seed, prompts, folder) for seed in seeds for m in methods for s in STRENGTHS[m]]
-    def with_needs(job): return [x for need in job.needs() for x in with_needs(need)] + [job]
-    return list({(j.method, j.strength, j.seed): j for job in jobs for j in with_needs(job)}.values())
+        if m not in STRENGTHS:
+            raise Refusal(f"no method is called {m!r}; there are {', '.join(STRENGTHS)}")
+    jobs = [Job(config, m, float(s), seed, prompts, folder)
+            for seed in seeds for m in methods for s in STRENGTHS[m]]
+    def chain(job): return [x for need in job.needs() for x in chain(need)] + [job]
+    return list({(j.method, j.strength, j.seed): j for job in jobs for j in chain(job)}.values())
 
 def in_a_process(job:Job)->dict:
     "Make a cell where its peak of memory is its own."
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
     if job.method == "best_of_n": return make_cell(job)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh: return fresh.submit(make_cell, job).result()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return fresh.submit(make_cell, job).result()
 
 # %% ../nbs/13_frontier.ipynb #5645d92e
+def line_of(job:Job, c:dict)->str: # a cell, as text
+    means = [f"  {k} {torch.tensor(c[k]).mean():.3f}" for k in ("kls", "rewards") if k in c]
+    return f"{str(job):28} {c['seconds']:5.0f} s{''.join(means)}"
+
 def run_jobs(
     jobs:list[Job],
     minutes:float=math.inf, # after these no new cell is begun
@@ -400,28 +448,25 @@ def run_jobs(
     for job in jobs:
         try: cells.append(cell_of(job, make))
         except OutOfTime: break
-        c = cells[-1]
-        mean = lambda k: f"  {k} {torch.tensor(c[k]).mean():.3f}" if k in c else ""
-        print(f"{str(job):28} {c['seconds']:5.0f} s{mean('kls')}{mean('rewards')}", flush=True)
+        print(line_of(job, cells[-1]), flush=True)
     print(f"{len(cells)} of {len(jobs)} cells", flush=True)
     return cells
 
+# %% ../nbs/13_frontier.ipynb #5c1d90b2
 def main_frontier(
-    args:argparse.Namespace, # output, seeds, perhaps prompts, methods, minutes, and any field of `FrontierConfig`
+    args:argparse.Namespace, # output, seeds, prompts, perhaps methods, minutes, other settings
 )->int:                      # 0
     "Run every cell that has not been run, and report what there is."
-    given = {k: v for k, v in vars(args).items() if k in FrontierConfig.__dataclass_fields__ and v is not None}
-    config, out, start = FrontierConfig(**given), Path(args.output), time.perf_counter()
+    fields = FrontierConfig.__dataclass_fields__
+    given = {k: v for k, v in vars(args).items() if k in fields and v is not None}
+    config = FrontierConfig(**given)
+    out, start = Path(args.output), time.perf_counter()
     jobs = plan(config, args.seeds, args.methods or list(STRENGTHS), args.prompts, out)
     cells = run_jobs(jobs, getattr(args, "minutes", None) or math.inf)
-    if any("kls" in c for c in cells): report_frontier(out, args, config, cells, time.perf_counter() - start)
-    return 0
-
-# %% ../nbs/13_frontier.ipynb #5c1d90b2
-def report_frontier(out, args, config, cells, seconds):
-    "Table and chart beside the cells."
-    rows = summary(cells)
+    rows, seconds = summary(cells), time.perf_counter() - start
+    if not rows: return 0
     record = provenance("dpo-literate frontier", asdict(config), list(args.seeds), seconds)
     write_atomic(out / "report.json", to_json(record | {"values": dict(rows=rows)}))
     plot_frontier(rows).savefig(out / "report.png")
     print(f"chart in {out / 'report.png'}")
+    return 0

@@ -5,7 +5,7 @@ import pytest, torch
 from dpo_literate.align import kl_per_reply
 from dpo_literate.models import tiny_model, weights_hash, write_folder
 from dpo_literate.ppo import (PPO, KLControl, PPOConfig, collect, drawn_pairs, gae, kl_estimates, load_state, main_ppo, masked_mean,
-                              policy_loss, read_replies, reward_function, roll_out, save_state, score_replies, step_stats, token_rewards,
+                              policy_loss, prompt_numbers, read_replies, reward_function, roll_out, save_state, score_replies, step_stats, token_rewards,
                               train, value_loss, whiten, world_dpo, world_ppo)
 from dpo_literate.results import Refusal
 from dpo_literate.rows import encode_prompt, tiny_tokenizer
@@ -282,7 +282,7 @@ def test_numbers_of_every_kind_are_rewards():
 
 def test_all_empty_is_refused_and_some_empty_counted(tmp_path):
     mute = make(output_dir=tmp_path)
-    mute.end_ids = lambda: list(range(320))                                           # whatever comes first ends the reply
+    mute.end_ids = list(range(320))                                          # whatever comes first ends the reply
     mute.tokenizer = tiny_tokenizer(); mute.tokenizer.decode = lambda *a, **k: ""
     with pytest.raises(Refusal, match="every reply of the batch is empty"): train(mute)
     assert (tmp_path / "state.safetensors").exists()
@@ -318,7 +318,7 @@ def test_no_prompts():
 def test_every_prompt_once_an_epoch():
     run = make(config=replace(CONFIG, batch_size=3))
     seen = []
-    for step in range(4): run.done = step; seen += run.prompt_numbers()
+    for step in range(4): run.done = step; seen += prompt_numbers(run)
     assert [sorted(seen[i:i + 4]) for i in (0, 4, 8)] == [[0, 1, 2, 3]] * 3
 
 
