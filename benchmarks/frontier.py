@@ -16,7 +16,7 @@ from dataclasses import asdict
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from dpo_literate.results import Refusal, data_dir, repo_dir, save_result, to_json, write_atomic
+from dpo_literate.results import Refusal, data_dir, repo_dir, save_claims, save_result, to_json, write_atomic
 from dpo_literate.runs import digest
 
 RUNS = repo_dir() / "runs" / "frontier"
@@ -132,7 +132,7 @@ def one_world(seed):
 def world(args):
     import torch
 
-    from dpo_literate.results import bootstrap_interval, save_claims
+    from dpo_literate.results import bootstrap_interval
     start = time.perf_counter()
     found = [one_world(seed) for seed in range(WORLDS)]
     command = "python benchmarks/frontier.py world"
@@ -157,9 +157,11 @@ def world(args):
 
 def small(cell):
     "What a record keeps of a cell: prompt means, costs, and its curve."
-    def means(k): return [round(sum(x) / len(x), 4) for x in cell[k]]
-    kept = {k: cell[k] for k in ("method", "strength", "seed", "seconds", "memory", "sampled")} | {k: cell[k] for k in ("log", "accuracy", "tied") if k in cell}
-    return kept | {k: means(k) for k in ("rewards", "kls") if k in cell and cell["method"] != "shared"}
+    from dpo_literate.frontier import by_prompt
+    kept = {k: cell[k] for k in ("method", "strength", "seed", "sampled", "accuracy", "tied") if k in cell}
+    kept |= {k: round(cell[k], 3) for k in ("seconds", "memory")}
+    if "log" in cell: kept["log"] = {k: [h[k] for h in cell["log"]] for k in cell["log"][0]} if isinstance(cell["log"][0], dict) else cell["log"]
+    return kept | {k: [round(x, 4) for x in by_prompt(cell, k).tolist()] for k in ("rewards", "kls") if "kls" in cell}
 
 
 # ------------------------------------------------------------ what PPO on text is sensitive to
@@ -167,7 +169,7 @@ def small(cell):
 # 32 prompts × 4 replies, of a seed whose cells no claim uses; the best learning rate and its neighbours go to page 13
 BASE = dict(lr=5e-4, value_lr=1e-4, epochs=2)
 ARMS = {"base": {}, "lr 1e-5": dict(lr=1e-5), "lr 2e-4": dict(lr=2e-4), "lr 1e-3": dict(lr=1e-3), "value lr 1e-3": dict(value_lr=1e-3), "value lr 0": dict(value_lr=0.),
-        "one epoch": dict(epochs=1), "not whitened": dict(whiten=False)}
+        "λ = 1": dict(lam=1.), "not whitened": dict(whiten=False)}
 TUNING_SEED, KL_COEF, BATCH = 9, .02, 16
 
 
@@ -207,7 +209,31 @@ def tuned(args):
     return FrontierConfig(batch_size=BATCH, ppo=BASE | ARMS[best])
 
 
+def verdict(low, high, bar=0.): return "held" if low > bar else "did not hold" if high < bar else "too small to tell"
+
+
+def text_claims(cells, setup):
+    "The paper's claims about the frontier, each with its interval."
+    from dpo_literate.frontier import lead, whole_cost
+    from dpo_literate.results import bootstrap_interval
+    seeds = sorted({c["seed"] for c in cells})
+    def row(claim, figure, values, what, bar=0.):
+        low, high = bootstrap_interval(values)
+        return dict(claim=claim, source="arXiv:2305.18290, §6.1 and Fig. 2", paper_figure=figure, ours=sum(map(float, values)) / len(values), low=low, high=high, seeds=len(seeds),
+                    setup=f"{setup}; {what}", verdict=verdict(low, high, bar), command="python benchmarks/frontier.py text --record")
+    names = dict(ppo_learned="PPO with a learned reward", ppo_true="PPO with the true reward", sft="SFT on chosen", unlikelihood="unlikelihood")
+    rows = [row(f"DPO gets more reward than {name} at equal KL", "DPO above at every KL", lead(cells, m), "DPO − rival, over 32 held-out prompts") for m, name in names.items()]
+    def cost(method, seed, k):
+        found = [whole_cost(c, cells)[k] for c in cells if c["method"] == method and c["seed"] == seed]
+        return sum(found) / len(found)
+    times = [cost("ppo_learned", s, "seconds") / cost("dpo", s, "seconds") for s in seeds]
+    extra = [cost("ppo_learned", s, "memory") - cost("dpo", s, "memory") for s in seeds]
+    return rows + [row("DPO takes fewer seconds than PPO with a learned reward", "none: called lightweight", times, "PPO / DPO, sampling and reward model included, over seeds", 1.),
+                   row("DPO takes less memory than PPO with a learned reward", "none: no reward model in memory", extra, "PPO − DPO (GB), peak of a process, over seeds")]
+
+
 def text(args):
+    "Reward against KL; the record and its claims where asked for."
     from dpo_literate.frontier import STRENGTHS, FrontierConfig, plan, run_jobs
     methods, start = args.methods or list(STRENGTHS), time.monotonic()
     config = tuned(args) if any(m.startswith("ppo") for m in methods) else FrontierConfig()
@@ -218,6 +244,9 @@ def text(args):
     if len(cells) < len(jobs): raise Refusal(f"{len(jobs) - len(cells)} cells are missing, first {jobs[len(cells)]}: run it without --record")
     save_result("frontier_text", dict(cells=[small(c) for c in cells]), command="python benchmarks/frontier.py text --record", config=asdict(config), seed=args.seeds,
                 seconds=sum(c["seconds"] for c in cells), what="True reward and exact KL of every method on held-out prompts, with seconds, memory and tokens sampled.")
+    setup = f"SmolLM2-135M-Instruct, LoRA, VADER, {config.n_train * config.per_prompt} replies of at most {config.max_new_tokens} tokens a method and seed"
+    for r in (rows := text_claims(cells, setup)): print(f"{r['verdict']:18} {r['ours']:+.3g} [{r['low']:+.3g}, {r['high']:+.3g}]  {r['claim']}")
+    save_claims("frontier_text", rows)
 
 
 def main(argv=None):

@@ -7,8 +7,9 @@ __all__ = ['STRENGTHS', 'NEEDS', 'MAKERS', 'LOOKS', 'Point', 'point_of', 'wide_w
            'best_of_n_bound', 'imitation', 'FrontierConfig', 'Job', 'prompts_of', 'identity', 'cell_of',
            'write_replies', 'scored', 'reference', 'shared_replies', 'pool', 'adapter', 'quiet', 'pairs_of',
            'train_offline', 'as_asked', 'train_judge', 'judged', 'reward_of', 'ppo_run', 'train_ppo', 'switched_off',
-           'measure', 'best_of', 'best_replies', 'make_cell', 'run_cell', 'whole_cost', 'point', 'summary',
-           'plot_frontier', 'OutOfTime', 'plan', 'in_a_process', 'line_of', 'run_jobs', 'main_frontier']
+           'measure', 'best_of', 'best_replies', 'make_cell', 'run_cell', 'whole_cost', 'by_prompt', 'point', 'summary',
+           'plot_frontier', 'on_line', 'lead', 'OutOfTime', 'plan', 'in_a_process', 'line_of', 'run_jobs',
+           'main_frontier']
 
 # %% ../nbs/13_frontier.ipynb #854a6e90
 import argparse, math, shutil, time
@@ -370,10 +371,12 @@ def whole_cost(
                 memory=max(c["memory"] for c in parts))
 
 # %% ../nbs/13_frontier.ipynb #813f82d7
+def by_prompt(cell:dict, what:str)->Tensor: # mean over the replies to each held-out prompt, (P,)
+    return torch.tensor(cell[what]).double().view(len(cell[what]), -1).mean(1)
+
 def point(mine:list[dict], cells:list[dict])->dict: # cells of one method and strength; all
     "Mean over seeds, 95 % interval over held-out prompts, mean cost."
-    by_prompt = lambda k: torch.tensor([[sum(x) / len(x) for x in c[k]] for c in mine]).double()
-    r, d = by_prompt("rewards"), by_prompt("kls")                        # (S,P)
+    r, d = (torch.stack([by_prompt(c, k) for c in mine]) for k in ("rewards", "kls"))   # (S,P)
     low, high = bootstrap_interval(r.mean(0))
     costs = [whole_cost(c, cells) for c in mine]
     return dict(kl=d.mean().item(), reward=r.mean().item(), low=low, high=high, seeds=len(mine),
@@ -409,6 +412,30 @@ def plot_frontier(
            title="Reward for a nat")
     ax.legend(fontsize=8)
     return finish(fig)
+
+# %% ../nbs/13_frontier.ipynb #5c1d90b5
+def on_line(
+    points:list[tuple], # KL and rewards by prompt, (P,), of policies of one method and the reference
+    d:float,            # KL to spend (nat)
+)->Tensor:              # rewards on the line at that KL, (P,)
+    "Straight lines between policies, flat beyond the last."
+    points = sorted(points, key=lambda p: p[0])
+    for (a, low), (b, high) in zip(points, points[1:]):
+        if d <= b: return low + (d - a) / (b - a) * (high - low)
+    return points[-1][1]
+
+def lead(
+    cells:list[dict], rival:str, # of all seeds; the method DPO is compared with
+)->Tensor:                       # reward of DPO's line above the rival, by prompt, (P,)
+    "Mean over the rival's points, each against DPO of its own seed."
+    found = []
+    for c in (c for c in cells if c["method"] == rival):
+        own = [x for x in cells if x["seed"] == c["seed"] and x["method"] in ("dpo", "best_of_n")]
+        line = [(by_prompt(x, "kls").mean().item(), by_prompt(x, "rewards"))
+                for x in own if x["method"] == "dpo" or x["strength"] == 1]
+        d = by_prompt(c, "kls").mean().item()
+        found.append(on_line(line, d) - by_prompt(c, "rewards"))
+    return torch.stack(found).mean(0)
 
 # %% ../nbs/13_frontier.ipynb #5a905399
 class OutOfTime(Exception): pass

@@ -7,7 +7,7 @@ from dpo_literate.frontier import (STRENGTHS, FrontierConfig, Job, best_of, best
                                    run_jobs, shortfall, summary, switched_off, wide_world)
 from dpo_literate.models import tiny_model, write_folder
 from dpo_literate.ppo import world_dpo, world_ppo
-from dpo_literate.results import Refusal, load_result
+from dpo_literate.results import Refusal, claim_problems, load_result
 from dpo_literate.reward import fit_scores
 from dpo_literate.reward_model import with_score_head
 from dpo_literate.rows import tiny_tokenizer
@@ -173,3 +173,53 @@ def test_summary_is_means_over_seeds_with_the_price_of_the_stages():
     row, = summary(cells)
     assert row["reward"] == .75 and row["kl"] == 2. and row["low"] <= .75 <= row["high"] and row["seeds"] == 3
     assert (row["seconds"], row["memory"], row["sampled"]) == (20., 3., 16) and row["by_seed"][2] == (2., 1.25)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    "The script that makes the records."
+    import importlib.util
+    from pathlib import Path
+    spec = importlib.util.spec_from_file_location("bench_frontier", Path(__file__).parent.parent / "benchmarks" / "frontier.py")
+    module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+    return module
+
+
+def made_up(dpo_gain=1.):
+    "Cells of three seeds on which DPO gains `dpo_gain` a nat and every rival half a nat's worth; the rest as the script writes it."
+    def cell(method, strength, seed, d, r): return dict(method=method, strength=strength, seed=seed, seconds=10. + d, memory=2. + method.startswith("ppo"), sampled=3,
+                                                        rewards=[[r + .01 * p, r] for p in range(6)], kls=[[d, d]] * 6)
+    cells = [cell("dpo", b, s, d, d * dpo_gain) for s in range(3) for b, d in ((1., 1.), (.1, 2.))]
+    cells += [cell(m, 1, s, 1.5, .75) for s in range(3) for m in ("ppo_learned", "ppo_true", "sft", "unlikelihood")]
+    cells += [cell("best_of_n", 1, s, 0., 0.) for s in range(3)]
+    return cells + [dict(method=m, strength=0., seed=s, seconds=5., memory=1., sampled=7) for s in range(3) for m in ("shared", "judge", "pool")]
+
+
+@pytest.mark.parametrize("gain,word", [(1., "held"), (.2, "did not hold")])
+def test_claims_follow_the_cells(bench, gain, word):
+    rows = bench.text_claims(made_up(gain), "made up")
+    assert [r["verdict"] for r in rows[:4]] == [word] * 4 and not claim_problems(rows)
+    assert rows[0]["ours"] == pytest.approx(1.5 * gain - .75, abs=.02)
+    assert rows[4]["ours"] == pytest.approx((5 + 5 + 11.5) / (5 + 11.5)) and rows[5]["ours"] == 1. and rows[4]["verdict"] == rows[5]["verdict"] == "held"
+
+
+def test_a_record_gives_the_chart_of_its_cells(bench):
+    cells = made_up()
+    kept = json.loads(json.dumps([bench.small(c) for c in cells]))
+    for a, b in zip(summary(cells), summary(kept)):
+        for k in ("kl", "reward", "low", "high", "seconds", "memory", "sampled"): assert a[k] == pytest.approx(b[k], abs=1e-3)
+
+
+def test_the_sweep_picks_the_arm_that_scored_most_late(bench):
+    def arm(*scores): return dict(log=[dict(score=s) for s in scores])
+    assert bench.late_score(arm(0., 0., 1., 2.)) == 1.5 and bench.late_score(arm(9., .5, .5)) == .5
+
+
+def test_halves_share_no_prompt(bench, tmp_path, monkeypatch):
+    turns = [f"\n\nHuman: question {k % 7}\n\nAssistant:" for k in range(20)]
+    for side, part in (("train", turns[:15]), ("test", turns[15:])):
+        (tmp_path / "some").mkdir(exist_ok=True)
+        (tmp_path / "some" / f"{side}.jsonl").write_text("\n".join(json.dumps(dict(prompt=t, chosen=f" yes {i}", rejected=f" no {i}")) for i, t in enumerate(part)))
+    monkeypatch.setenv("DPO_LITERATE_DATA", str(tmp_path))
+    a, b = bench.halves("some", TOKENIZER)
+    assert len(a) + len(b) == 20 and a and b and not {tuple(r.prompt_ids) for r in a} & {tuple(r.prompt_ids) for r in b}
