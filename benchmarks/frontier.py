@@ -167,8 +167,8 @@ def small(cell):
 # ------------------------------------------------------------ what PPO on text is sensitive to
 
 # 32 prompts × 4 replies, of a seed whose cells no claim uses; the best learning rate and its neighbours go to page 13
-BASE = dict(lr=5e-4, value_lr=1e-4, epochs=2)
-ARMS = {"base": {}, "lr 1e-5": dict(lr=1e-5), "lr 2e-4": dict(lr=2e-4), "lr 1e-3": dict(lr=1e-3), "value lr 1e-3": dict(value_lr=1e-3), "value lr 0": dict(value_lr=0.),
+BASE = dict(lr=2e-4, value_lr=1e-4, epochs=2)
+ARMS = {"base": {}, "lr 1e-5": dict(lr=1e-5), "lr 5e-5": dict(lr=5e-5), "lr 5e-4": dict(lr=5e-4), "value lr 1e-3": dict(value_lr=1e-3), "value lr 0": dict(value_lr=0.),
         "λ = 1": dict(lam=1.), "not whitened": dict(whiten=False)}
 TUNING_SEED, KL_COEF, BATCH = 9, .02, 16
 
