@@ -303,7 +303,7 @@ class PPOConfig:
     minibatch_size:int=8         # replies a forward and backward
     epochs:int=4                 # times each batch is used
     max_new_tokens:int=48        # of a reply
-    lr:float=1e-5                # of the policy
+    lr:float=1e-5                # of the policy; an adapter wants ten times that or more
     value_lr:float=1e-3          # of the value head
     clip:float=.2                # of ratios, and of values in units of reward
     vf_coef:float=.1             # weight of the value loss
@@ -595,8 +595,9 @@ def ppo_from(
 )->PPO:
     "The run that the arguments describe."
     from peft import LoraConfig, get_peft_model
-    fields = PPOConfig.__dataclass_fields__
-    config = PPOConfig(**{k: v for k, v in vars(args).items() if k in fields and v is not None})
+    fields, usual = PPOConfig.__dataclass_fields__, dict(lr=2e-4) if args.rank else {}
+    given = {k: v for k, v in vars(args).items() if k in fields and v is not None}
+    config = PPOConfig(**usual | given)
     tokenizer, policy = load_tokenizer(args.model), load_model(args.model)
     prompts = [user_turn(p, tokenizer) for p in read_prompts(args.prompts)]
     torch.manual_seed(config.seed)                   # the adapter's start
