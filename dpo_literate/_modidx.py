@@ -330,7 +330,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'dpo_literate.frontier.on_line': ('frontier.html#on_line', 'dpo_literate/frontier.py'),
                                        'dpo_literate.frontier.pairs_of': ('frontier.html#pairs_of', 'dpo_literate/frontier.py'),
                                        'dpo_literate.frontier.plan': ('frontier.html#plan', 'dpo_literate/frontier.py'),
-                                       'dpo_literate.frontier.plot_frontier': ('frontier.html#plot_frontier', 'dpo_literate/frontier.py'),
+                                       'dpo_literate.frontier.plot_methods': ('frontier.html#plot_methods', 'dpo_literate/frontier.py'),
                                        'dpo_literate.frontier.point': ('frontier.html#point', 'dpo_literate/frontier.py'),
                                        'dpo_literate.frontier.point_of': ('frontier.html#point_of', 'dpo_literate/frontier.py'),
                                        'dpo_literate.frontier.pool': ('frontier.html#pool', 'dpo_literate/frontier.py'),

@@ -8,7 +8,7 @@ __all__ = ['STRENGTHS', 'NEEDS', 'MAKERS', 'LOOKS', 'Point', 'point_of', 'wide_w
            'write_replies', 'scored', 'reference', 'shared_replies', 'pool', 'adapter', 'quiet', 'pairs_of',
            'train_offline', 'as_asked', 'train_judge', 'judged', 'reward_of', 'ppo_run', 'train_ppo', 'switched_off',
            'measure', 'best_of', 'best_replies', 'make_cell', 'run_cell', 'whole_cost', 'by_prompt', 'point', 'summary',
-           'plot_frontier', 'on_line', 'lead', 'OutOfTime', 'plan', 'in_a_process', 'line_of', 'run_jobs',
+           'plot_methods', 'on_line', 'lead', 'OutOfTime', 'plan', 'in_a_process', 'line_of', 'run_jobs',
            'main_frontier']
 
 # %% ../nbs/13_frontier.ipynb #854a6e90
@@ -396,7 +396,7 @@ def summary(
 LOOKS = dict(dpo=("chosen", "o-"), ppo_true=("policy", "s-"), ppo_learned=("policy", "s--"),
              sft=("rejected", "D"), unlikelihood=("rejected", "v"), best_of_n=("ref", "^:"))
 
-def plot_frontier(
+def plot_methods(
     rows:list[dict], # of `summary`
 ):                   # a figure
     "Reward against KL, a line a method; bars over prompts, small dots for the seeds."
@@ -494,6 +494,6 @@ def main_frontier(
     if not rows: return 0
     record = provenance("dpo-literate frontier", asdict(config), list(args.seeds), seconds)
     write_atomic(out / "report.json", to_json(record | {"values": dict(rows=rows)}))
-    plot_frontier(rows).savefig(out / "report.png")
+    plot_methods(rows).savefig(out / "report.png")
     print(f"chart in {out / 'report.png'}")
     return 0

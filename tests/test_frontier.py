@@ -223,3 +223,20 @@ def test_halves_share_no_prompt(bench, tmp_path, monkeypatch):
     monkeypatch.setenv("DPO_LITERATE_DATA", str(tmp_path))
     a, b = bench.halves("some", TOKENIZER)
     assert len(a) + len(b) == 20 and a and b and not {tuple(r.prompt_ids) for r in a} & {tuple(r.prompt_ids) for r in b}
+
+
+def test_an_interrupted_ppo_cell_goes_on_to_the_same_end(tiny, monkeypatch):
+    import dpo_literate.frontier as f
+    calls, judge = [], f.reward_function(tiny[1].reward)
+    def breaks(prompts, replies):
+        calls.append(1)
+        if len(calls) == 2: raise KeyboardInterrupt
+        return judge(prompts, replies)
+    whole = run_cell(job(tiny, "ppo_true", .1, out="whole"))
+    monkeypatch.setattr(f, "reward_function", lambda name: breaks)
+    with pytest.raises(KeyboardInterrupt): run_cell(job(tiny, "ppo_true", .1, out="broken"))
+    assert list((tiny[0] / "broken" / "work").rglob("state.safetensors")) and not list((tiny[0] / "broken").glob("*.json"))
+    monkeypatch.setattr(f, "reward_function", lambda name: judge)
+    again = run_cell(job(tiny, "ppo_true", .1, out="broken"))
+    same = lambda c: {k: v for k, v in c.items() if k not in ("seconds", "memory")}
+    assert same(again) == same(whole)
