@@ -1,21 +1,25 @@
 """Reward models and the reward-KL frontier on the bundled model: every cell resumable, one file a cell.
 
-    python benchmarks/frontier.py world                                     enumerable worlds: the claims of page 13, a minute
-    python benchmarks/frontier.py reward [--seeds 0 1 2] [--minutes 8]      hh-harmless reward model; goes on where it stopped
-    python benchmarks/frontier.py text [--seeds 0 1 2] [--methods dpo …]    controlled sentiment; cells that exist are not run again
+    python benchmarks/frontier.py world                                  enumerable worlds: the claims of page 13, a minute
+    python benchmarks/frontier.py text [--seeds 0 1 2] [--minutes 8]     controlled sentiment; cells that exist are not run again
+    python benchmarks/frontier.py ppo [--minutes 8]                      one knob of PPO at a time, for page 12
+    python benchmarks/frontier.py reward [--seeds 0] [--minutes 8]       reward model of hh-harmless, on halves; goes on where it stopped
+    … --record                                                           gather the cells into nbs/results/; refuses while one is missing
 """
 import argparse
 import json
+import math
 import sys
 import time
-from pathlib import Path
+from dataclasses import asdict
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from dpo_literate.results import data_dir, save_result, to_json, write_atomic
+from dpo_literate.results import Refusal, data_dir, repo_dir, save_claims, save_result, to_json, write_atomic
+from dpo_literate.runs import digest
 
-RUNS = Path(__file__).resolve().parent.parent / "runs" / "frontier"
+RUNS = repo_dir() / "runs" / "frontier"
 RANK, TARGETS = 16, "all-linear"
 
 
@@ -34,44 +38,70 @@ class StopAfter(TrainerCallback):
 
 # ------------------------------------------------------------ the reward model on human verdicts
 
-REWARD = dict(data="hh_harmless", rank=RANK, lr=2e-4, epochs=1, batch=8, max_length=512, truncation="keep_end", centring=.01)
+REWARD = dict(data="hh_harmless", dtype="bfloat16", rank=RANK, lr=3e-4, epochs=1, batch=4, warmup=10, centring=.01)
 
 
-def reward_cell(seed, minutes):
-    "One seed of the hh-harmless reward model; None while it is not finished."
-    from peft import LoraConfig
+def halves(name, tokenizer):
+    "All pairs of a data set in two halves that share no prompt."
+    import torch
 
     from dpo_literate.preferences import load_preferences
-    from dpo_literate.reward_model import RewardConfig, RewardTrainer, pair_scores
-    folder = RUNS / f"reward-{seed}"
-    done = folder / "cell.json"
-    if done.exists(): return json.loads(done.read_text())
-    start, c = time.perf_counter(), REWARD
-    args = RewardConfig(str(folder), num_train_epochs=c["epochs"], learning_rate=c["lr"], per_device_train_batch_size=c["batch"], max_length=c["max_length"],
-                        truncation_mode=c["truncation"], centring=c["centring"], seed=seed, warmup_steps=10, logging_steps=5, save_strategy="no",
-                        save_total_limit=1, report_to=[], disable_tqdm=True, per_device_eval_batch_size=8)
-    stop = StopAfter(60 * minutes)
-    where = str(data_dir() / c["data"])
+    from dpo_literate.rows import encode_pairs
+    if data_dir() is None: raise Refusal(f"no data: set DPO_LITERATE_DATA to the folder that holds {name}")
+    pairs = [p for side in ("train", "test") for p in load_preferences(str(data_dir() / name), side)]
+    rows, _ = encode_pairs(pairs, tokenizer, max_length=None, identical="drop")
+    prompts = list(dict.fromkeys(tuple(r.prompt_ids) for r in rows))
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
+    first = {prompts[i] for i in order[::2]}
+    return [[r for r in rows if (tuple(r.prompt_ids) in first) == side] for side in (True, False)]
+
+
+def reward_trainer(c, folder, stop):
+    "A reward model about to learn one half and be judged on the other."
+    from peft import LoraConfig
+
+    from dpo_literate.models import load_tokenizer
+    from dpo_literate.reward_model import RewardConfig, RewardTrainer, load_reward_model
+    tokenizer = load_tokenizer("bundled")
+    both = halves(c["data"], tokenizer)
+    args = RewardConfig(str(folder), num_train_epochs=c["epochs"], learning_rate=c["lr"], per_device_train_batch_size=c["batch"], max_length=None, centring=c["centring"], seed=c["seed"],
+                        warmup_steps=c["warmup"], lr_scheduler_type="cosine", logging_steps=5, save_strategy="no", save_total_limit=1, report_to=[], disable_tqdm=True)
     adapter = LoraConfig(r=c["rank"], lora_alpha=2 * c["rank"], target_modules=TARGETS, exclude_modules=["score"])
-    trainer = RewardTrainer("bundled", args, load_preferences(where, "train"), load_preferences(where, "test"), peft_config=adapter, callbacks=[stop])
+    return RewardTrainer(load_reward_model("bundled", c["dtype"]), args, both[c["fold"]], both[1 - c["fold"]], processing_class=tokenizer, peft_config=adapter, callbacks=[stop])
+
+
+def reward_cell(seed, fold, minutes):
+    "A reward model of one half; None while it is not finished."
+    from dpo_literate.reward_model import pair_scores
+    c = REWARD | dict(seed=seed, fold=fold)
+    folder = RUNS / f"reward-{fold}-{seed}-{digest(c)}"
+    if (folder / "cell.json").exists(): return json.loads((folder / "cell.json").read_text())
+    start, stop = time.perf_counter(), StopAfter(60 * minutes)
+    trainer = reward_trainer(c, folder, stop)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
-    spent = clock(folder / "clock.json") + time.perf_counter() - start
+    def spent(): return clock(folder / "clock.json") + time.perf_counter() - start
     if stop.stopped:
-        write_atomic(folder / "clock.json", to_json(dict(seconds=spent)))
+        write_atomic(folder / "clock.json", to_json(dict(seconds=spent())))
         return None
     chosen, rejected = pair_scores(trainer.model, trainer.eval_dataset, trainer.pieces, 8)
     log = [{k: round(float(h[k]), 4) for k in ("step", "loss", "scores/accuracies")} for h in trainer.state.log_history if "loss" in h]
-    cell = dict(seed=seed, chosen=[round(x, 4) for x in chosen.tolist()], rejected=[round(x, 4) for x in rejected.tolist()], log=log,
-                train_pairs=len(trainer.rows if hasattr(trainer, "rows") else trainer.train_dataset), counts=str(trainer.counts), seconds=clock(folder / "clock.json") + time.perf_counter() - start)
-    write_atomic(done, to_json(cell))
+    def rounded(x): return [round(v, 4) for v in x.tolist()]
+    cell = dict(seed=seed, fold=fold, chosen=rounded(chosen), rejected=rounded(rejected), log=log, train_pairs=len(trainer.train_dataset), seconds=spent())
+    write_atomic(folder / "cell.json", to_json(cell))
     return cell
 
 
 def reward(args):
-    cells = [reward_cell(seed, args.minutes) for seed in args.seeds]
-    if None in cells: return print("not finished: run again")
-    save_result("reward_hh", dict(cells=cells), command="python benchmarks/frontier.py reward --seeds " + " ".join(map(str, args.seeds)), config=REWARD, seed=args.seeds,
-                seconds=sum(c["seconds"] for c in cells), what="Scores that a reward model of the bundled model gives the held-out pairs of hh-harmless.")
+    "Every pair is judged by the model that has not read it."
+    end, cells = time.monotonic() + 60 * args.minutes, []
+    for seed, fold in ((s, f) for s in args.seeds for f in (0, 1)):
+        cells.append(reward_cell(seed, fold, (end - time.monotonic()) / 60))
+        if cells[-1] is None: return print(f"seed {seed} half {fold} is not finished: run again") or 3
+        right = [(a > b) + (a == b) / 2 for a, b in zip(cells[-1]["chosen"], cells[-1]["rejected"])]
+        print(f"seed {seed} half {fold}: {sum(right) / len(right):.3f} of {len(right)} held-out pairs, {cells[-1]['seconds']:.0f} s", flush=True)
+    if not args.record: return 0
+    save_result("reward_hh", dict(cells=cells), command="python benchmarks/frontier.py reward --record", config=REWARD, seed=args.seeds, seconds=sum(c["seconds"] for c in cells),
+                what="Scores that reward models of the bundled model give the half of hh-harmless that they have not read.")
 
 
 # ------------------------------------------------------------ enumerable worlds
@@ -102,7 +132,7 @@ def one_world(seed):
 def world(args):
     import torch
 
-    from dpo_literate.results import bootstrap_interval, save_claims
+    from dpo_literate.results import bootstrap_interval
     start = time.perf_counter()
     found = [one_world(seed) for seed in range(WORLDS)]
     command = "python benchmarks/frontier.py world"
@@ -125,32 +155,117 @@ def world(args):
 
 # ------------------------------------------------------------ controlled sentiment on the bundled model
 
+def small(cell):
+    "What a record keeps of a cell: prompt means, costs, and its curve."
+    from dpo_literate.frontier import by_prompt
+    kept = {k: cell[k] for k in ("method", "strength", "seed", "sampled", "accuracy", "tied") if k in cell}
+    kept |= {k: round(cell[k], 3) for k in ("seconds", "memory")}
+    if "log" in cell: kept["log"] = {k: [h[k] for h in cell["log"]] for k in cell["log"][0]} if isinstance(cell["log"][0], dict) else cell["log"]
+    return kept | {k: [round(x, 4) for x in by_prompt(cell, k).tolist()] for k in ("rewards", "kls") if "kls" in cell}
+
+
+# ------------------------------------------------------------ what PPO on text is sensitive to
+
+# 32 prompts × 4 replies, of a seed whose cells no claim uses; the best learning rate and its neighbours go to page 13
+BASE = dict(lr=2e-4, value_lr=1e-4, epochs=2)
+ARMS = {"base": {}, "lr 1e-5": dict(lr=1e-5), "lr 5e-5": dict(lr=5e-5), "lr 5e-4": dict(lr=5e-4), "value lr 1e-3": dict(value_lr=1e-3), "value lr 0": dict(value_lr=0.),
+        "λ = 1": dict(lam=1.), "not whitened": dict(whiten=False)}
+TUNING_SEED, KL_COEF, BATCH = 9, .02, 16
+
+
+def sweep_jobs(arms):
+    from dpo_literate.frontier import FrontierConfig, Job
+    return [Job(FrontierConfig(n_train=32, batch_size=BATCH, ppo=BASE | ARMS[arm]), "ppo_true", KL_COEF, TUNING_SEED, None, RUNS / "text") for arm in arms]
+
+
+def late_score(cell):
+    "Mean score of the second half of the batches, all on training prompts."
+    half = [h["score"] for h in cell["log"]][len(cell["log"]) // 2:]
+    return sum(half) / len(half)
+
+
+def ppo(args):
+    "One setting changed at a time."
+    from dpo_literate.frontier import run_jobs
+    arms = args.arms or list(ARMS)
+    cells = run_jobs(sweep_jobs(arms), 0 if args.record else args.minutes)
+    if len(cells) < len(arms): return print(f"{len(arms) - len(cells)} arms are missing, first {arms[len(cells)]!r}: run it again, without --record") or 3
+    for arm, c in zip(arms, cells): print(f"{arm:16} score {c['log'][0]['score']:.3f} at first, {late_score(c):.3f} in the second half")
+    if not args.record: return 0
+    save_result("ppo_text", dict(arms=[small(c) | dict(name=arm, settings=BASE | ARMS[arm]) for arm, c in zip(arms, cells)]), command="python benchmarks/frontier.py ppo --record",
+                config=dict(base=BASE, arms=ARMS, prompts=32, replies=128, batch_size=BATCH, kl_coef=KL_COEF), seed=TUNING_SEED, seconds=sum(c["seconds"] for c in cells),
+                what="PPO with the true reward on the bundled model, one setting changed at a time.")
+
+
+# ------------------------------------------------------------ the frontier
+
+def tuned(args):
+    "The experiment, with the settings that did best in the sweep; None while the sweep is not finished."
+    from dpo_literate.frontier import FrontierConfig, run_jobs
+    cells = run_jobs(sweep_jobs(ARMS), 0 if args.record else args.minutes)
+    if len(cells) < len(ARMS): return None
+    best = max(zip(ARMS, cells), key=lambda x: late_score(x[1]))[0]
+    print(f"PPO as in the arm {best!r}", flush=True)
+    return FrontierConfig(batch_size=BATCH, ppo=BASE | ARMS[best])
+
+
+def verdict(low, high, bar=0.): return "held" if low > bar else "did not hold" if high < bar else "too small to tell"
+
+
+def text_claims(cells, setup):
+    "The paper's claims about the frontier, each with its interval."
+    from dpo_literate.frontier import lead, whole_cost
+    from dpo_literate.results import bootstrap_interval
+    seeds = sorted({c["seed"] for c in cells})
+    def row(claim, figure, values, what, bar=0.):
+        low, high = bootstrap_interval(values)
+        return dict(claim=claim, source="arXiv:2305.18290, §6.1 and Fig. 2", paper_figure=figure, ours=sum(map(float, values)) / len(values), low=low, high=high, seeds=len(seeds),
+                    setup=f"{setup}; {what}", verdict=verdict(low, high, bar), command="python benchmarks/frontier.py text --record")
+    names = dict(ppo_learned="PPO with a learned reward", ppo_true="PPO with the true reward", sft="SFT on chosen", unlikelihood="unlikelihood")
+    rows = [row(f"DPO gets more reward than {name} at equal KL", "DPO above at every KL", lead(cells, m), "DPO − rival, over 32 held-out prompts") for m, name in names.items()]
+    def cost(method, seed, k):
+        found = [whole_cost(c, cells)[k] for c in cells if c["method"] == method and c["seed"] == seed]
+        return sum(found) / len(found)
+    times = [cost("ppo_learned", s, "seconds") / cost("dpo", s, "seconds") for s in seeds]
+    extra = [cost("ppo_learned", s, "memory") - cost("dpo", s, "memory") for s in seeds]
+    return rows + [row("DPO takes fewer seconds than PPO with a learned reward", "none: called lightweight", times, "PPO / DPO, sampling and reward model included, over seeds", 1.),
+                   row("DPO takes less memory than PPO with a learned reward", "none: no reward model in memory", extra, "PPO − DPO (GB), peak of a process, over seeds")]
+
+
 def text(args):
-    from dpo_literate.frontier import main_frontier
-    args.output = RUNS / "text"
-    code = main_frontier(args)
-    report = json.loads((args.output / "report.json").read_text())
-    if not args.methods: save_result("frontier_text", report["values"], command="python benchmarks/frontier.py text --prompts FILE --seeds " + " ".join(map(str, args.seeds)),
-                                     config=report["config"], seed=args.seeds, seconds=report["seconds"],
-                                     what="True reward and exact KL of every method on held-out prompts, with seconds, memory and tokens sampled.")
-    return code
+    "Reward against KL; the record and its claims where asked for."
+    from dpo_literate.frontier import STRENGTHS, FrontierConfig, plan, run_jobs
+    methods, start = args.methods or list(STRENGTHS), time.monotonic()
+    config = tuned(args) if any(m.startswith("ppo") for m in methods) else FrontierConfig()
+    if config is None: return print("the sweep of PPO's settings is not finished: run it again, without --record") or 3
+    jobs = plan(config, args.seeds, methods, args.prompts, RUNS / "text")
+    cells = run_jobs(jobs, 0 if args.record else args.minutes - (time.monotonic() - start) / 60)
+    if not args.record: return 0 if len(cells) == len(jobs) else 3
+    if len(cells) < len(jobs): raise Refusal(f"{len(jobs) - len(cells)} cells are missing, first {jobs[len(cells)]}: run it without --record")
+    save_result("frontier_text", dict(cells=[small(c) for c in cells]), command="python benchmarks/frontier.py text --record", config=asdict(config), seed=args.seeds,
+                seconds=sum(c["seconds"] for c in cells), what="True reward and exact KL of every method on held-out prompts, with seconds, memory and tokens sampled.")
+    setup = f"SmolLM2-135M-Instruct, LoRA, VADER, {config.n_train * config.per_prompt} replies of at most {config.max_new_tokens} tokens a method and seed"
+    for r in (rows := text_claims(cells, setup)): print(f"{r['verdict']:18} {r['ours']:+.3g} [{r['low']:+.3g}, {r['high']:+.3g}]  {r['claim']}")
+    save_claims("frontier_text", rows)
 
 
 def main(argv=None):
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = top.add_subparsers(dest="what", required=True)
-    one = kinds.add_parser("reward")
-    one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    one.add_argument("--minutes", type=float, default=8., help="of this piece")
-    one.set_defaults(run=reward)
     kinds.add_parser("world").set_defaults(run=world)
-    two = kinds.add_parser("text")
-    two.add_argument("--prompts", required=True, help="a text file, a prompt a line")
-    two.add_argument("--methods", nargs="+", help="some of dpo ppo_true ppo_learned sft unlikelihood best_of_n; all by default, and only all is recorded")
-    two.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    two.set_defaults(run=text)
+    for name, run, seeds in (("text", text, [0, 1, 2]), ("ppo", ppo, [0]), ("reward", reward, [0])):
+        p = kinds.add_parser(name)
+        p.add_argument("--seeds", type=int, nargs="+", default=seeds)
+        p.add_argument("--minutes", type=float, default=math.inf, help="after these no new cell is begun")
+        p.add_argument("--record", action="store_true", help="write nbs/results")
+        if name == "ppo": p.add_argument("--arms", nargs="+", help="some of them")
+        if name == "text":
+            p.add_argument("--prompts", help="a text file, a prompt a line; those of page 11 by default")
+            p.add_argument("--methods", nargs="+", help="some of best_of_n dpo sft unlikelihood ppo_true ppo_learned")
+        p.set_defaults(run=run)
     args = top.parse_args(argv)
-    return args.run(args)
+    try: return args.run(args)
+    except Refusal as no: return print(no, file=sys.stderr) or no.code
 
 
 if __name__ == "__main__": sys.exit(main())

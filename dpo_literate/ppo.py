@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['KLEstimates', 'kl_estimates', 'token_rewards', 'gae', 'masked_mean', 'whiten', 'policy_loss', 'value_loss',
-           'KLControl', 'step_stats', 'world_ppo', 'drawn_pairs', 'world_dpo', 'Rollout', 'left_pad', 'sample_replies',
-           'read_replies', 'exact_kl', 'score_replies', 'PPOConfig', 'reference_of', 'Experience', 'PPO', 'read_all',
-           'collect', 'piece_loss', 'learn', 'one_step', 'train', 'save_state', 'load_state', 'plot_ppo',
-           'reward_function', 'read_prompts', 'main_ppo', 'sample_text']
+           'KLControl', 'step_stats', 'world_batch', 'world_ppo', 'drawn_pairs', 'world_dpo', 'Rollout', 'rollout_of',
+           'roll_out', 'read_replies', 'score_replies', 'PPOConfig', 'check_config', 'reference_of', 'Experience',
+           'PPO', 'value_head', 'end_ids', 'prompt_numbers', 'read_all', 'write', 'check_start', 'collect',
+           'piece_loss', 'update', 'learn', 'one_step', 'train', 'save_state', 'same_settings', 'load_state',
+           'plot_ppo', 'reward_function', 'user_turn', 'ppo_from', 'sample_text', 'line_of', 'report_ppo', 'main_ppo']
 
 # %% ../nbs/12_ppo.ipynb #b0857f85
-import argparse, contextlib, copy, json, math, time
+import argparse, contextlib, copy, json, math, shutil, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from safetensors import safe_open
 from safetensors.torch import save
-from .logps import Head, head_answers, head_logits, linear_logps, unwrapped
+from .align import left_pad, load_reward, read_prompts, sample_batch, score
+from .logps import head_answers, linear_logps, unwrapped
 from .losses import dpo_loss
-from .models import load_model, load_tokenizer, no_dropout
+from .models import load_model, load_tokenizer, no_dropout, write_folder
 from .plots import COLORS, finish, new_fig
-from .preferences import load_preferences
 from .results import Refusal, provenance, to_json, write_atomic
 from .reward_model import load_reward_model, score_texts
 from .rows import encode_prompt
@@ -117,7 +118,8 @@ class KLControl:
     target:float|None=None  # KL of a reply (nat)
     rate:float=.1           # most relative change of β at an error of 1
     def update(self, kl:float)->float: # the next β
-        if self.target is not None: self.coef *= 1 + self.rate * min(max(kl / self.target - 1, -.2), .2)
+        if self.target is not None:
+            self.coef *= 1 + self.rate * min(max(kl / self.target - 1, -.2), .2)
         return self.coef
 
 # %% ../nbs/12_ppo.ipynb #b2f627ee
@@ -126,14 +128,30 @@ def step_stats(
     values:Tensor, returns:Tensor,  # (B,T)
     mask:Tensor, clip:float=.2,     # (B,T); ε
 )->dict[str,float]:
-    "How far a step went: share of clipped ratios, KL from the old policy, variance the values explain."
+    "Share of clipped ratios, KL from the old policy, share of variance the values explain."
     ratio = (logps - old_logps).exp()
     spread = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+    missed = masked_mean((returns - values).square(), mask) / spread.clamp(min=1e-12)
     return dict(clip_fraction=masked_mean(((ratio - 1).abs() > clip).float(), mask).item(),
                 step_kl=masked_mean(kl_estimates(old_logps, logps).k3, mask).item(),
-                explained_variance=(1 - masked_mean((returns - values).square(), mask) / spread.clamp(min=1e-12)).item())
+                explained_variance=(1 - missed).item())
 
 # %% ../nbs/12_ppo.ipynb #51584c91
+def world_batch(
+    world:World, rewards:Tensor, beta:float,  # where; what is maximised, (N,K); price of a nat
+    logits:Tensor, value:Tensor,              # of the policy, (N,K); of each prompt, (N,)
+    batch:int, g:torch.Generator,             # replies to sample; source of chance
+):  # prompts and replies sampled, their log π, values, advantages, returns
+    "Sample, score, take the KL off, and compare with the values."
+    one = torch.ones(batch, 1, dtype=torch.float64)      # one token a reply
+    x = torch.multinomial(world.prompt_p, batch, replacement=True, generator=g)
+    y = torch.multinomial(logits.softmax(-1)[x], 1, generator=g)                 # (B,1)
+    old, guess = logits.log_softmax(-1)[x].gather(1, y), value[x, None]
+    paid = kl_estimates(old, world.ref_logps[x].gather(1, y)).k1
+    earned = token_rewards(rewards[x].gather(1, y)[:, 0], paid, one, beta)
+    return x, y, old, guess, *gae(earned, guess, one)
+
+# %% ../nbs/12_ppo.ipynb #51584c92
 def world_ppo(
     world:World,               # prompts, replies, reference
     rewards:Tensor,            # what is maximised: the true rewards or learned ones, (N,K)
@@ -143,38 +161,37 @@ def world_ppo(
     start:Tensor|None=None,    # log π to begin with; None: the reference
 )->list[Tensor]:               # log π after each step, (N,K)
     "PPO on a table: sampled, clipped, with a value for each prompt."
-    g, one = torch.Generator().manual_seed(seed), torch.ones(batch, 1, dtype=torch.float64)
+    g, path = torch.Generator().manual_seed(seed), []
     logits = (world.ref_logps if start is None else start).clone().requires_grad_()
     value = torch.zeros(len(world.prompts), dtype=torch.float64, requires_grad=True)
-    optimizer, path = torch.optim.Adam([logits, value], lr=lr), []
+    optimizer = torch.optim.Adam([logits, value], lr=lr)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         with torch.no_grad():
-            x = torch.multinomial(world.prompt_p, batch, replacement=True, generator=g)
-            y = torch.multinomial(logits.softmax(-1)[x], 1, generator=g)                       # (B,1): one token a reply
-            old, guess = logits.log_softmax(-1)[x].gather(1, y), value[x, None]
-            paid = kl_estimates(old, world.ref_logps[x].gather(1, y)).k1
-            earned = token_rewards(rewards[x].gather(1, y)[:, 0], paid, one, beta)
-            advantages, returns = gae(earned, guess, one)
-            if white: advantages = whiten(advantages, one)
+            x, y, *seen = world_batch(world, rewards, beta, logits, value, batch, g)
+            old, guess, adv, returns = seen
+        if white: adv = whiten(adv, torch.ones_like(adv))
         for _ in range(epochs):
             now = logits.log_softmax(-1)[x].gather(1, y)
-            loss = policy_loss(now, old, advantages, clip) + value_loss(value[x, None], guess, returns, clip)
+            loss = policy_loss(now, old, adv, clip)
+            loss = loss + value_loss(value[x, None], guess, returns, clip)
             optimizer.zero_grad(); loss.mean().backward(); optimizer.step()
         path.append(logits.detach().log_softmax(-1))
     return path
 
 # %% ../nbs/12_ppo.ipynb #d830695e
 def drawn_pairs(
-    world:World,         # where pairs come from
+    world:World,              # where pairs come from
     rewards:Tensor|None=None, # of the judge; None: the world's own
-)->Tensor:               # probability that row is preferred to column in the next verdict, (N,K,K)
+)->Tensor:                    # probability that row beats column in the next verdict, (N,K,K)
     "What `sample_pairs` draws, in the limit of many verdicts."
     p = world.ref_logps.exp()
     ordered = p[..., :, None] * p[..., None, :] / (1 - p)[..., :, None]
-    wins = (ordered + ordered.mT) * preference_probs(world.rewards if rewards is None else rewards)
+    r = world.rewards if rewards is None else rewards
+    wins = (ordered + ordered.mT) * preference_probs(r)
     return world.prompt_p[:, None, None] * wins * (1 - torch.eye(p.shape[-1], dtype=p.dtype))
 
+# %% ../nbs/12_ppo.ipynb #d830695f
 def world_dpo(
     world:World,   # prompts, replies, reference
     wins:Tensor,   # counts or probabilities of row beating column, (N,K,K)
@@ -182,15 +199,17 @@ def world_dpo(
 )->Tensor:         # log π, (N,K)
     "The minimiser of the expected DPO loss."
     logits = world.ref_logps.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=0, history_size=50, line_search_fn="strong_wolfe")
+    lbfgs = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=0,
+                              history_size=50, line_search_fn="strong_wolfe")
     ref_w, ref_l = world.ref_logps[..., :, None], world.ref_logps[..., None, :]
     def closure():
-        optimizer.zero_grad()
+        lbfgs.zero_grad()
         lp = logits.log_softmax(-1)
-        loss = (wins * dpo_loss(lp[..., :, None], lp[..., None, :], ref_w, ref_l, beta=beta)[0]).sum() / wins.sum()
+        losses = dpo_loss(lp[..., :, None], lp[..., None, :], ref_w, ref_l, beta=beta)[0]
+        loss = (wins * losses).sum() / wins.sum()
         loss.backward()
         return loss
-    optimizer.step(closure)
+    lbfgs.step(closure)
     return logits.detach().log_softmax(-1)
 
 # %% ../nbs/12_ppo.ipynb #2c7df146
@@ -207,45 +226,41 @@ class Rollout:
     def replies(self): return self.input_ids[:, self.width:]               # (B,T)
     @property
     def position_ids(self): return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    def lists(self): # token ids of each reply
+        return [r[m.bool()].tolist() for r, m in zip(self.replies, self.mask)]
+    def inputs(self): # what a model is called with
+        return dict(input_ids=self.input_ids, attention_mask=self.attention_mask,
+                    position_ids=self.position_ids, use_cache=False)
     def __len__(self): return len(self.mask)
-    def __getitem__(self, rows): return Rollout(self.input_ids[rows], self.attention_mask[rows], self.mask[rows], self.ended[rows])
-
-def left_pad(
-    prompts:list[list[int]], # token ids
-    pad_id:int=0,            # its value changes nothing
-)->tuple[Tensor,Tensor]:     # ids and mask, (B,P)
-    "Prompts that end in the same column."
-    if not all(prompts): raise Refusal("a prompt is empty: the first token of its reply has nothing to follow")
-    P = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (P - len(p)) + p for p in prompts])
-    return ids, torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts])
+    def __getitem__(self, rows):
+        both = self.input_ids[rows], self.attention_mask[rows]
+        return Rollout(*both, self.mask[rows], self.ended[rows])
 
 # %% ../nbs/12_ppo.ipynb #a387a691
-@torch.no_grad()
-def sample_replies(
+def rollout_of(
+    prompts:list[list[int]], # token ids
+    replies:list[list[int]], # token ids, one reply a prompt, end token included
+    end_ids:list[int],       # tokens that end a reply
+    device="cpu",            # of the tensors
+)->Rollout:
+    "Prompts and replies as tensors."
+    (ids, keep, _), T = left_pad(prompts, device), max(map(len, replies))
+    new = torch.tensor([y + [0] * (T - len(y)) for y in replies], device=device)
+    mask = torch.tensor([[1] * len(y) + [0] * (T - len(y)) for y in replies], device=device)
+    ended = torch.tensor([y[-1] in end_ids for y in replies], device=device)
+    return Rollout(torch.cat([ids, new], 1), torch.cat([keep, mask], 1), mask, ended)
+
+def roll_out(
     model,                     # a causal language model, in evaluation mode
     prompts:list[list[int]],   # token ids, one list a reply
     max_new_tokens:int,        # most tokens of a reply, the end token included
     end_ids:list[int],         # tokens that end a reply
     generator:torch.Generator, # source of chance, on the CPU
-    pad_id:int=0,              # fills what is left
 )->Rollout:
     "One reply to each prompt, drawn from the model itself."
-    device = next(model.parameters()).device
-    new, keep = (x.to(device) for x in left_pad(prompts, pad_id))
-    ids, position, cache, P = new, (keep.cumsum(-1) - 1).clamp(min=0), None, new.shape[1]
-    done, ends = torch.zeros(len(ids), dtype=torch.bool), torch.tensor(end_ids)
-    for _ in range(max_new_tokens):
-        out = model(input_ids=new, attention_mask=keep, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        probs = out.logits[:, -1].double().softmax(-1).cpu()
-        if not probs.isfinite().all(): raise Refusal("the policy's next-token probabilities are not finite; nothing was sampled", 3)
-        pick = torch.multinomial(probs, 1, generator=generator).masked_fill(done[:, None], pad_id)
-        keep = torch.cat([keep, (~done)[:, None].to(keep)], 1)
-        done |= torch.isin(pick[:, 0], ends)
-        new, cache, position = pick.to(device), out.past_key_values, position[:, -1:] + 1
-        ids = torch.cat([ids, new], 1)
-        if done.all(): break
-    return Rollout(ids, keep, keep[:, P:], done.to(device))
+    u = torch.rand(len(prompts), max_new_tokens, generator=generator)
+    replies = sample_batch(model, prompts, u, set(end_ids))
+    return rollout_of(prompts, replies, end_ids, next(model.parameters()).device)
 
 # %% ../nbs/12_ppo.ipynb #dbc0737d
 def read_replies(
@@ -257,35 +272,14 @@ def read_replies(
     seen, at = {}, rollout.mask.bool()
     def answer(hidden, weight, bias, softcap, scale):
         h = hidden[:, rollout.width - 1:-1][at]                    # (N,H): position t foretells t+1
-        seen["logps"], more = linear_logps(h, weight, rollout.replies[at], bias, 256, softcap, scale, ("entropy",))
+        seen["logps"], more = linear_logps(h, weight, rollout.replies[at], bias, 256, softcap,
+                                           scale, ("entropy",))
         seen.update(more)
-        if value_head is not None: seen["values"] = value_head(h.to(next(value_head.parameters()).dtype)).squeeze(-1)
+        if value_head is not None:
+            seen["values"] = value_head(h.to(next(value_head.parameters()).dtype)).squeeze(-1)
         return seen["logps"][None]
-    with head_answers(model, answer):
-        model(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask, position_ids=rollout.position_ids, use_cache=False)
-    return {k: torch.zeros(at.shape, dtype=v.dtype, device=v.device).masked_scatter(at, v) for k, v in seen.items()}
-
-# %% ../nbs/12_ppo.ipynb #575eb917
-@torch.no_grad()
-def exact_kl(
-    model, ref,       # two causal language models with one vocabulary
-    rollout:Rollout,  # replies of `model`
-    chunk:int=128,    # tokens whose two distributions exist at once
-)->Tensor:            # of each reply (nat), (B,)
-    "Formula (12.5), reply by reply; `ref` may be a context that lends the reference."
-    heads, at = [], rollout.mask.bool()
-    def answer(hidden, weight, bias, softcap, scale):
-        head = Head(hidden.dtype, chunk, softcap, scale, (), False)
-        heads.append((hidden[:, rollout.width - 1:-1][at], weight, bias, head))
-        return hidden[:, :1, :1]
-    for m in (model, ref):
-        with m if hasattr(m, "__enter__") else contextlib.nullcontext(m) as lent, head_answers(lent, answer):
-            lent(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask, position_ids=rollout.position_ids, use_cache=False)
-    (h, *a), (g, *b), out = *heads, []
-    for i in range(0, len(h), chunk):
-        p, q = (head_logits(x[i:i + chunk], *rest).log_softmax(-1) for x, rest in ((h, a), (g, b)))
-        out.append((p.exp() * (p - q)).sum(-1))
-    return torch.zeros(at.shape, dtype=out[0].dtype, device=h.device).masked_scatter(at, torch.cat(out)).sum(-1)
+    with head_answers(model, answer): model(**rollout.inputs())
+    return {k: x.new_zeros(at.shape).masked_scatter(at, x) for k, x in seen.items()}
 
 # %% ../nbs/12_ppo.ipynb #fea8fd69
 def score_replies(
@@ -294,18 +288,11 @@ def score_replies(
     replies:list[str], # finished or not, without control tokens
 )->Tensor:             # float64, (B,)
     "Call a reward function; refuse what is not one finite number a reply."
-    if not any(r.strip() for r in replies): raise Refusal("every reply of the batch is empty: the policy has stopped writing, there is nothing to score")
-    try: found = reward(prompts, replies)
-    except Exception as e: raise Refusal(f"the reward function raised {type(e).__name__}: {e}") from e
-    if isinstance(found, Tensor): found = found.tolist()
-    if not isinstance(found, (list, tuple)) or len(found) != len(replies):
-        got = f"{len(found)} values" if isinstance(found, (list, tuple)) else type(found).__name__
-        raise Refusal(f"the reward function returned {got} for {len(replies)} replies; it must return a list with one number a reply")
-    for i, (score, reply) in enumerate(zip(found, replies)):
-        where = f"for reply {i} ({reply[:40]!r})"
-        if isinstance(score, (str, bool)) or not hasattr(score, "__float__"): raise Refusal(f"the reward function returned {type(score).__name__} {where}; a reward is a number")
-        if not math.isfinite(score): raise Refusal(f"the reward function returned {float(score)} {where}; a reward is finite", 3)
-    return torch.tensor([float(s) for s in found], dtype=torch.float64)
+    if not any(r.strip() for r in replies):
+        raise Refusal("every reply of the batch is empty: the policy has stopped writing, "
+                      "there is nothing to score")
+    found = score(reward, prompts, [[dict(text=r)] for r in replies])
+    return torch.tensor(found, dtype=torch.float64)[:, 0]
 
 # %% ../nbs/12_ppo.ipynb #63fe33d7
 @dataclass(frozen=True)
@@ -316,7 +303,7 @@ class PPOConfig:
     minibatch_size:int=8         # replies a forward and backward
     epochs:int=4                 # times each batch is used
     max_new_tokens:int=48        # of a reply
-    lr:float=1e-5                # of the policy
+    lr:float=1e-5                # of the policy; an adapter wants ten times that or more
     value_lr:float=1e-3          # of the value head
     clip:float=.2                # of ratios, and of values in units of reward
     vf_coef:float=.1             # weight of the value loss
@@ -329,12 +316,18 @@ class PPOConfig:
     missing_end_penalty:float=0. # taken from a reply that was cut off
     max_grad_norm:float=1.
     seed:int=0
+    def __post_init__(self): check_config(self)
 
-    def __post_init__(self):
-        if self.kl_estimator not in KLEstimates._fields: raise Refusal(f"kl_estimator={self.kl_estimator!r}: use {', '.join(KLEstimates._fields)}")
-        for name in ("steps", "batch_size", "minibatch_size", "epochs", "max_new_tokens"):
-            if getattr(self, name) < 1: raise Refusal(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.kl_coef < 0 or (self.kl_target is not None and self.kl_target <= 0): raise Refusal("kl_coef must not be negative, and kl_target must be above 0")
+# %% ../nbs/12_ppo.ipynb #63fe33d8
+def check_config(c:PPOConfig)->None:
+    "Refuse settings without a meaning."
+    if c.kl_estimator not in KLEstimates._fields:
+        raise Refusal(f"kl_estimator={c.kl_estimator!r}: use {', '.join(KLEstimates._fields)}")
+    for name in ("steps", "batch_size", "minibatch_size", "epochs", "max_new_tokens"):
+        if getattr(c, name) < 1: raise Refusal(f"{name}={getattr(c, name)}: must be at least 1")
+    if c.kl_coef < 0: raise Refusal(f"kl_coef={c.kl_coef}: must not be negative")
+    if c.kl_target is not None and c.kl_target <= 0:
+        raise Refusal(f"kl_target={c.kl_target}: must be above 0")
 
 # %% ../nbs/12_ppo.ipynb #c62ce144
 @contextlib.contextmanager
@@ -368,51 +361,86 @@ class PPO:
         output_dir:str|Path|None=None, # where the state is kept; None: nowhere
     ):
         if not prompts: raise Refusal("there are no prompts")
-        self.policy, self.tokenizer, self.prompts, self.reward, self.config = no_dropout(policy).eval(), tokenizer, prompts, reward, config
+        self.policy, self.tokenizer, self.prompts = no_dropout(policy).eval(), tokenizer, prompts
+        self.reward, self.config, self.device = reward, config, next(policy.parameters()).device
         self.prompt_ids = [encode_prompt(p, tokenizer) for p in prompts]
-        self.ref = ref_model if ref_model is not None or hasattr(policy, "disable_adapter") else copy.deepcopy(policy).requires_grad_(False)
+        self.end_ids = end_ids(policy, tokenizer)
+        adapted = hasattr(policy, "disable_adapter")
+        if ref_model is None and not adapted:
+            ref_model = copy.deepcopy(policy).requires_grad_(False)
+        self.ref, self.value = ref_model, value_head(unwrapped(policy), self.device)
         self.trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
-        self.device, dtype = next(policy.parameters()).device, unwrapped(policy).dtype
-        self.value = nn.Linear(unwrapped(policy).config.get_text_config().hidden_size, 1, device=self.device, dtype=torch.promote_types(dtype, torch.float32))
-        nn.init.zeros_(self.value.weight); nn.init.zeros_(self.value.bias)
-        self.optimizer = torch.optim.AdamW([dict(params=list(self.trained.values()), lr=config.lr), dict(params=list(self.value.parameters()), lr=config.value_lr)], weight_decay=0.)
-        self.generator, self.control = torch.Generator().manual_seed(config.seed), KLControl(config.kl_coef, config.kl_target)
+        groups = (self.trained.values(), config.lr), (self.value.parameters(), config.value_lr)
+        groups = [dict(params=list(p), lr=lr) for p, lr in groups]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.control = KLControl(config.kl_coef, config.kl_target)
         self.done, self.history, self.folder = 0, [], Path(output_dir) if output_dir else None
 
-    def end_ids(self)->list[int]:
-        "Tokens that end a reply: the tokenizer's, and those of the model's own settings."
-        own = getattr(getattr(unwrapped(self.policy), "generation_config", None), "eos_token_id", None)
-        own = own if isinstance(own, list) else [] if own is None else [own]
-        return sorted({self.tokenizer.eos_token_id, *own} - {None})
+# %% ../nbs/12_ppo.ipynb #9d2fe8a3
+def value_head(
+    model:nn.Module, # the policy without wrappers
+    device,          # where it runs
+)->nn.Linear:        # hidden state -> value, 0 for now, float32 or better
+    "A value for each state."
+    width = model.config.get_text_config().hidden_size
+    head = nn.Linear(width, 1, device=device, dtype=torch.promote_types(model.dtype, torch.float32))
+    nn.init.zeros_(head.weight); nn.init.zeros_(head.bias)
+    return head
 
-    def prompt_numbers(self)->list[int]:
-        "Prompts of the next step: each prompt once an epoch, in an order of the seed's."
-        n, B = len(self.prompts), self.config.batch_size
-        return [epoch_order(n, self.config.seed, k // n)[k % n] for k in range(self.done * B, (self.done + 1) * B)]
+def end_ids(policy, tokenizer)->list[int]:
+    "Tokens that end a reply: the tokenizer's, and those of the model's own settings."
+    own = getattr(getattr(unwrapped(policy), "generation_config", None), "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *own} - {None})
+
+def prompt_numbers(run:PPO)->list[int]:
+    "Prompts of the next step: each prompt once an epoch, in an order of the seed's."
+    n, B, seed = len(run.prompts), run.config.batch_size, run.config.seed
+    return [epoch_order(n, seed, k // n)[k % n] for k in range(run.done * B, (run.done + 1) * B)]
 
 # %% ../nbs/12_ppo.ipynb #475e5463
 def read_all(model, rollout:Rollout, size:int, value=None)->dict[str,Tensor]:
     "`read_replies` without gradient, `size` replies at a time."
-    with torch.no_grad(): parts = [read_replies(model, rollout[torch.arange(i, min(i + size, len(rollout)))], value) for i in range(0, len(rollout), size)]
+    pieces = torch.arange(len(rollout)).split(size)
+    with torch.no_grad(): parts = [read_replies(model, rollout[rows], value) for rows in pieces]
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
+def write(
+    run:PPO, # whose turn it is
+)->tuple[Rollout,list[str],Tensor]: # replies, their texts, their scores
+    "Sample a batch with the policy and have it scored."
+    c, numbers = run.config, prompt_numbers(run)
+    ids = [run.prompt_ids[i] for i in numbers]
+    rollout = roll_out(run.policy, ids, c.max_new_tokens, run.end_ids, run.generator)
+    texts = run.tokenizer.batch_decode(rollout.lists(), skip_special_tokens=True)
+    scores = score_replies(run.reward, [run.prompts[i] for i in numbers], texts)
+    return rollout, texts, scores.to(run.device) - c.missing_end_penalty * ~rollout.ended
+
+# %% ../nbs/12_ppo.ipynb #65ed5312
+def check_start(run:PPO, drawn:Tensor)->None: # log-ratios of the batch, (B,T)
+    "Before the first step policy and reference must agree."
+    if not run.done and (off := drawn.abs().max().item()) > 1e-2:
+        raise Refusal(f"before the first step policy and reference differ by {off:.3g} nat in a "
+                      "token: the reference is not the policy's starting point")
+
+# %% ../nbs/12_ppo.ipynb #65ed5313
 def collect(
     run:PPO, # whose turn it is
 )->Experience:
-    "Sample a batch with the policy and prepare it for learning."
-    c, numbers = run.config, run.prompt_numbers()
-    rollout = sample_replies(run.policy, [run.prompt_ids[i] for i in numbers], c.max_new_tokens, run.end_ids(), run.generator, run.tokenizer.pad_token_id or 0)
-    texts = [run.tokenizer.decode(r[m.bool()], skip_special_tokens=True) for r, m in zip(rollout.replies, rollout.mask)]
-    scores = score_replies(run.reward, [run.prompts[i] for i in numbers], texts).to(run.device) - c.missing_end_penalty * ~rollout.ended
+    "Write a batch, read it with both models, and say which token deserves what."
+    c, (rollout, texts, scores) = run.config, write(run)
     now = read_all(run.policy, rollout, c.minibatch_size, run.value)
     with reference_of(run.policy, run.ref) as ref: before = read_all(ref, rollout, c.minibatch_size)
-    off = (now["logps"] - before["logps"]).abs().max().item()
-    if not run.done and off > 1e-2: raise Refusal(f"before the first step policy and reference differ by {off:.3g} nat in a token: the reference is not the policy's starting point")
+    drawn = now["logps"] - before["logps"]
+    check_start(run, drawn)
     kl = getattr(kl_estimates(now["logps"], before["logps"]), c.kl_estimator)
-    advantages, returns = gae(token_rewards(scores, kl, rollout.mask, run.control.coef), now["values"], rollout.mask, c.gamma, c.lam)
+    rewards = token_rewards(scores, kl, rollout.mask, run.control.coef)
+    advantages, returns = gae(rewards, now["values"], rollout.mask, c.gamma, c.lam)
     if c.whiten: advantages = whiten(advantages, rollout.mask)
     entropy = masked_mean(now["entropy"], rollout.mask).item()
-    return Experience(rollout, now["logps"], now["values"], now["logps"] - before["logps"], scores, advantages, returns, texts, entropy)
+    return Experience(rollout, now["logps"], now["values"], drawn, scores, advantages, returns,
+                      texts, entropy)
 
 # %% ../nbs/12_ppo.ipynb #a776c1b7
 def piece_loss(
@@ -423,42 +451,62 @@ def piece_loss(
     "Clipped policy loss and value loss of a few replies."
     c, part = run.config, e.rollout[rows]
     now = read_replies(run.policy, part, run.value)
-    losses = policy_loss(now["logps"], e.logps[rows], e.advantages[rows], c.clip) + c.vf_coef * value_loss(now["values"], e.values[rows], e.returns[rows], c.clip)
-    return masked_mean(losses, part.mask), now["logps"].detach(), now["values"].detach()
+    policy = policy_loss(now["logps"], e.logps[rows], e.advantages[rows], c.clip)
+    value = value_loss(now["values"], e.values[rows], e.returns[rows], c.clip)
+    loss = masked_mean(policy + c.vf_coef * value, part.mask)
+    return loss, now["logps"].detach(), now["values"].detach()
 
+# %% ../nbs/12_ppo.ipynb #a776c1b8
+def update(run:PPO, loss:Tensor)->float: # norm of the gradient
+    "One optimizer step, or a refusal before it."
+    if not loss.isfinite():
+        raise Refusal(f"step {run.done + 1}: the loss is not finite; the update was not made", 3)
+    run.optimizer.zero_grad(); loss.backward()
+    trained = [*run.trained.values(), *run.value.parameters()]
+    norm = nn.utils.clip_grad_norm_(trained, run.config.max_grad_norm)
+    if not norm.isfinite():
+        raise Refusal(f"step {run.done + 1}: the gradient is not finite; "
+                      "the update was not made", 3)
+    run.optimizer.step()
+    return norm.item()
+
+# %% ../nbs/12_ppo.ipynb #a776c1b9
 def learn(
     run:PPO,      # whose policy learns
     e:Experience, # from what
 )->dict:          # statistics, means over the pieces
     "Use a batch several times."
-    c, stats, exact = run.config, [], .05 if unwrapped(run.policy).dtype.itemsize >= 4 else .5
+    c, stats, mask = run.config, [], e.rollout.mask
+    exact = .05 if unwrapped(run.policy).dtype.itemsize >= 4 else .5
     for _ in range(c.epochs):
-        for rows in torch.randperm(len(e.rollout), generator=run.generator).split(c.minibatch_size):
+        for rows in torch.randperm(len(mask), generator=run.generator).split(c.minibatch_size):
             loss, logps, values = piece_loss(run, e, rows)
             drift = (logps - e.logps[rows]).abs().max().item()
-            if not stats and drift > exact: raise Refusal(f"step {run.done + 1}: the first ratio is off by {drift:.2g} nat; reading and sampling disagree")
-            if not loss.isfinite(): raise Refusal(f"step {run.done + 1}: the loss is not finite; the update was not made", 3)
-            run.optimizer.zero_grad(); loss.backward()
-            norm = nn.utils.clip_grad_norm_([*run.trained.values(), *run.value.parameters()], c.max_grad_norm)
-            if not norm.isfinite(): raise Refusal(f"step {run.done + 1}: the gradient is not finite; the update was not made", 3)
-            run.optimizer.step()
-            stats.append(dict(loss=loss.item(), grad_norm=norm.item(), **step_stats(logps, e.logps[rows], values, e.returns[rows], e.rollout.mask[rows], c.clip)))
+            if not stats and drift > exact:
+                raise Refusal(f"step {run.done + 1}: the first ratio is off by {drift:.2g} nat; "
+                              "reading and sampling disagree")
+            found = step_stats(logps, e.logps[rows], values, e.returns[rows], mask[rows], c.clip)
+            stats.append(dict(loss=loss.item(), grad_norm=update(run, loss), **found))
     return {k: sum(s[k] for s in stats) / len(stats) for k in stats[0]}
 
 # %% ../nbs/12_ppo.ipynb #54c5cea4
 def one_step(run:PPO)->dict: # the step's line
     "Collect, learn, steer."
-    start = time.perf_counter()
+    start, beta = time.perf_counter(), run.control.coef
     e = collect(run)
-    stats, kl = learn(run, e), e.kl.sum(-1).mean().item()
-    line = dict(step=run.done + 1, score=e.scores.mean().item(), kl=kl, kl_coef=run.control.coef, objective=e.scores.mean().item() - run.control.coef * kl, entropy=e.entropy,
-                length=e.rollout.mask.sum(-1).double().mean().item(), ended=e.rollout.ended.double().mean().item(), empty=sum(not t.strip() for t in e.texts),
-                tokens=int(e.rollout.mask.sum()), **stats, seconds=time.perf_counter() - start)
+    stats, kl, score = learn(run, e), e.kl.sum(-1).mean().item(), e.scores.mean().item()
+    mask = e.rollout.mask
+    line = dict(step=run.done + 1, score=score, kl=kl, kl_coef=beta, objective=score - beta * kl,
+                entropy=e.entropy, length=mask.sum(-1).double().mean().item(),
+                ended=e.rollout.ended.double().mean().item(), tokens=int(mask.sum()),
+                empty=sum(not t.strip() for t in e.texts), **stats,
+                seconds=time.perf_counter() - start)
     run.control.update(kl)
     run.done += 1
     run.history.append(line)
     return line
 
+# %% ../nbs/12_ppo.ipynb #54c5cea5
 def train(
     run:PPO,      # from wherever it stands
     report=None,  # called with each line
@@ -467,7 +515,7 @@ def train(
     while run.done < run.config.steps:
         chance = run.generator.get_state()
         try: line = one_step(run)
-        except BaseException:                        # a refusal, Ctrl-C, no memory: all leave the state
+        except BaseException:              # a refusal, Ctrl-C, no memory: all leave the state
             run.generator.set_state(chance)
             if run.folder: save_state(run, run.folder / "state.safetensors")
             raise
@@ -477,22 +525,37 @@ def train(
 # %% ../nbs/12_ppo.ipynb #efd904a5
 def save_state(run:PPO, path:str|Path)->None:
     "Trained weights, value head, optimizer, chance and history in one file, complete or absent."
-    tensors = {f"policy.{n}": p for n, p in run.trained.items()} | {f"value.{n}": p for n, p in run.value.state_dict().items()} | {"chance": run.generator.get_state()}
-    for i, moments in run.optimizer.state_dict()["state"].items(): tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
-    kept = dict(done=run.done, coef=run.control.coef, history=run.history, config=asdict(run.config))
-    write_atomic(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={"run": json.dumps(kept)}))
+    tensors = {f"policy.{n}": p for n, p in run.trained.items()}
+    tensors |= {f"value.{n}": p for n, p in run.value.state_dict().items()}
+    tensors["chance"] = run.generator.get_state()
+    for i, moments in run.optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
+    kept = dict(done=run.done, coef=run.control.coef, history=run.history,
+                config=asdict(run.config))
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    write_atomic(path, save(plain, metadata={"run": json.dumps(kept)}))
 
+def same_settings(run:PPO, kept:dict, path)->None:
+    "Refuse a state of other settings; more steps are no other setting."
+    for k, mine in asdict(run.config).items():
+        if k != "steps" and mine != kept["config"].get(k):
+            theirs = kept["config"].get(k)
+            raise Refusal(f"{path} was made with {k}={theirs!r}, this run has {mine!r}", 6)
+
+# %% ../nbs/12_ppo.ipynb #efd904a6
 def load_state(run:PPO, path:str|Path)->None:
-    "Go on from `save_state`; refuses a state of other settings."
-    with safe_open(str(path), "pt") as f: kept, tensors = json.loads(f.metadata()["run"]), {k: f.get_tensor(k) for k in f.keys()}
-    mine = asdict(run.config)
-    if other := [k for k in mine if k != "steps" and mine[k] != kept["config"].get(k)]: raise Refusal(f"{path} was made with {other[0]}={kept['config'].get(other[0])!r}, this run has {mine[other[0]]!r}", 6)
+    "Go on from `save_state`."
+    with safe_open(str(path), "pt") as f:
+        kept, tensors = json.loads(f.metadata()["run"]), {k: f.get_tensor(k) for k in f.keys()}
+    same_settings(run, kept, path)
     with torch.no_grad():
         for n, p in run.trained.items(): p.copy_(tensors[f"policy.{n}"])
     run.value.load_state_dict({n: tensors[f"value.{n}"] for n in run.value.state_dict()})
     adam = {}
     for k, v in tensors.items():
-        if k.startswith("adam."): adam.setdefault(int(k.split(".")[1]), {})[k.split(".")[2]] = v
+        if k.startswith("adam."):
+            _, i, name = k.split(".")
+            adam.setdefault(int(i), {})[name] = v
     run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": adam})
     run.generator.set_state(tensors["chance"])
     run.done, run.control.coef, run.history = kept["done"], kept["coef"], kept["history"]
@@ -512,50 +575,73 @@ def plot_ppo(
 
 # %% ../nbs/12_ppo.ipynb #4c82a4ba
 def reward_function(
-    name:str|Path, # "vader", or the folder of a reward model
+    name:str|Path, # "vader", module:function, or the folder of a reward model
 ):                 # (prompts, replies) -> numbers
     "A reward by name."
-    if str(name) == "vader":
-        try: from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-        except ImportError: raise Refusal("the reward vader needs vaderSentiment: pip install 'dpo-literate[demo]'") from None
-        judge = SentimentIntensityAnalyzer()
-        return lambda prompts, replies: [judge.polarity_scores(r)["compound"] for r in replies]
+    if str(name) == "vader" or ":" in str(name): return load_reward(str(name))[0]
     model, tokenizer = load_reward_model(name), load_tokenizer(name)
-    if not model.score.weight.any(): raise Refusal(f"{name} has no trained head: every reply would score 0; train one with dpo-literate reward-train")
+    if not model.score.weight.any():
+        raise Refusal(f"{name} has no trained head: every reply would score 0; "
+                      "train one with dpo-literate reward-train")
     return lambda prompts, replies: score_texts(model, tokenizer, prompts, replies)
 
-def read_prompts(
-    path:str|Path, # a text file with a prompt a line, or a file of pairs
-)->list:           # text or messages
-    "Prompts for a policy to answer."
-    path = Path(path)
-    if path.suffix != ".txt": return [row["prompt"] for row in load_preferences(str(path))]
-    if not path.is_file(): raise Refusal(f"{path} does not exist")
-    return [[{"role": "user", "content": line.strip()}] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def user_turn(prompt:str, tokenizer): # messages where the model has a chat template, else the text
+    "A prompt as the model is asked with it."
+    return [{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt
 
 # %% ../nbs/12_ppo.ipynb #e0641442
-def main_ppo(
-    args:argparse.Namespace, # model, prompts, reward, output, rank, resume, and any field of `PPOConfig`
-)->int:                      # 0
-    "Train a policy by PPO; write it with a report of what it gained at what KL."
+def ppo_from(
+    args:argparse.Namespace, # model, prompts, reward, output, rank, and any field of `PPOConfig`
+)->PPO:
+    "The run that the arguments describe."
     from peft import LoraConfig, get_peft_model
-    config = PPOConfig(**{k: v for k, v in vars(args).items() if k in PPOConfig.__dataclass_fields__ and v is not None})
-    policy, out, start = load_model(args.model), Path(args.output), time.perf_counter()
-    if args.rank: policy = get_peft_model(policy, LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear"))
-    run = PPO(policy, load_tokenizer(args.model), read_prompts(args.prompts), reward_function(args.reward), config, output_dir=out)
-    if args.resume and (out / "state.safetensors").exists(): load_state(run, out / "state.safetensors")
-    before = sample_text(run) if not run.done else None
-    train(run, lambda h: print(f"step {h['step']:4d}  score {h['score']:.3f}  KL {h['kl']:.2f}  entropy {h['entropy']:.2f}  length {h['length']:.0f}  {h['seconds']:.0f} s", flush=True))
-    save_state(run, out / "state.safetensors")
-    (policy.merge_and_unload() if args.rank else policy).save_pretrained(out / "model"); run.tokenizer.save_pretrained(out / "model")
-    values = dict(history=run.history, before=before, after=sample_text(run))
-    write_atomic(out / "report.json", to_json(provenance("dpo-literate ppo", {**vars(args), "run": None}, config.seed, time.perf_counter() - start) | {"values": values}))
-    plot_ppo(run.history).savefig(out / "report.png")
-    print(f"score {run.history[0]['score']:.3f} → {run.history[-1]['score']:.3f} at KL {run.history[-1]['kl']:.2f}; model in {out / 'model'}")
-    return 0
+    fields, usual = PPOConfig.__dataclass_fields__, dict(lr=2e-4) if args.rank else {}
+    given = {k: v for k, v in vars(args).items() if k in fields and v is not None}
+    config = PPOConfig(**usual | given)
+    tokenizer, policy = load_tokenizer(args.model), load_model(args.model)
+    prompts = [user_turn(p, tokenizer) for p in read_prompts(args.prompts)]
+    torch.manual_seed(config.seed)                   # the adapter's start
+    if args.rank:
+        lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear")
+        policy = get_peft_model(policy, lora)
+    reward = reward_function(args.reward)
+    return PPO(policy, tokenizer, prompts, reward, config, output_dir=args.output)
 
 def sample_text(run:PPO, n:int=4)->list: # (prompt, reply) pairs
     "A few replies, always to the same prompts and by the same chance."
-    g = torch.Generator().manual_seed(0)
-    rollout = sample_replies(run.policy, run.prompt_ids[:n], run.config.max_new_tokens, run.end_ids(), g, run.tokenizer.pad_token_id or 0)
-    return [dict(prompt=p, reply=run.tokenizer.decode(r[m.bool()], skip_special_tokens=True)) for p, r, m in zip(run.prompts, rollout.replies, rollout.mask)]
+    g, limit = torch.Generator().manual_seed(0), run.config.max_new_tokens
+    rollout = roll_out(run.policy, run.prompt_ids[:n], limit, run.end_ids, g)
+    texts = run.tokenizer.batch_decode(rollout.lists(), skip_special_tokens=True)
+    return [dict(prompt=p, reply=r) for p, r in zip(run.prompts, texts)]
+
+# %% ../nbs/12_ppo.ipynb #4c61731e
+def line_of(h:dict)->str: # a line of `train`, as text
+    return (f"step {h['step']:4d}  score {h['score']:.3f}  KL {h['kl']:.2f}  "
+            f"entropy {h['entropy']:.2f}  length {h['length']:.0f}  {h['seconds']:.0f} s")
+
+def report_ppo(out:Path, args, run:PPO, before, seconds:float)->None:
+    "Model, numbers and one figure."
+    model = run.policy.merge_and_unload() if args.rank else run.policy
+    shutil.rmtree(out / "model", ignore_errors=True)
+    write_folder(out / "model", model, run.tokenizer)
+    record = provenance("dpo-literate ppo", {**vars(args), "run": None}, run.config.seed, seconds)
+    values = dict(history=run.history, before=before, after=sample_text(run))
+    write_atomic(out / "report.json", to_json(record | {"values": values}))
+    plot_ppo(run.history).savefig(out / "report.png")
+    first, last = run.history[0], run.history[-1]
+    print(f"score {first['score']:.3f} → {last['score']:.3f} at KL {last['kl']:.2f}; "
+          f"model in {out / 'model'}")
+
+# %% ../nbs/12_ppo.ipynb #4c61731f
+def main_ppo(
+    args:argparse.Namespace, # as for `ppo_from`, and resume
+)->int:                      # 0
+    "Train a policy by PPO; write it with a report of what it gained at what KL."
+    run, out, start = ppo_from(args), Path(args.output), time.perf_counter()
+    state = out / "state.safetensors"
+    if args.resume and state.exists(): load_state(run, state)
+    before = sample_text(run) if not run.done else None
+    train(run, lambda h: print(line_of(h), flush=True))
+    save_state(run, state)
+    report_ppo(out, args, run, before, time.perf_counter() - start)
+    return 0

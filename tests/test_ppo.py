@@ -2,9 +2,10 @@
 import argparse, json, math
 from dataclasses import replace
 import pytest, torch
+from dpo_literate.align import kl_per_reply
 from dpo_literate.models import tiny_model, weights_hash, write_folder
-from dpo_literate.ppo import (PPO, KLControl, PPOConfig, collect, drawn_pairs, exact_kl, gae, kl_estimates, left_pad, load_state, main_ppo, masked_mean,
-                              policy_loss, read_prompts, read_replies, reward_function, sample_replies, save_state, score_replies, step_stats, token_rewards,
+from dpo_literate.ppo import (PPO, KLControl, PPOConfig, collect, drawn_pairs, gae, kl_estimates, load_state, main_ppo, masked_mean,
+                              policy_loss, prompt_numbers, read_replies, reward_function, roll_out, save_state, score_replies, step_stats, token_rewards,
                               train, value_loss, whiten, world_dpo, world_ppo)
 from dpo_literate.results import Refusal
 from dpo_literate.rows import encode_prompt, tiny_tokenizer
@@ -145,7 +146,7 @@ def test_drawn_pairs_are_what_is_sampled():
 def test_reading_a_rollout_is_reading_each_reply_alone(kind):
     model = tiny_model(kind, scale=1.)
     if kind == "gemma2": model = model.float()   # its eager attention is NaN in float64 where a padded row sees nothing
-    rollout = sample_replies(model, IDS, 9, [int(t) for t in range(0, 320, 9)], rng(1))
+    rollout = roll_out(model, IDS, 9, [int(t) for t in range(0, 320, 9)], rng(1))
     assert rollout.mask.sum(-1).unique().numel() > 1
     said = read_replies(model, rollout)["logps"]
     pairs = []
@@ -158,7 +159,7 @@ def test_reading_a_rollout_is_reading_each_reply_alone(kind):
 
 def test_sampling_follows_the_model():
     model, n = tiny_model(scale=1.), 4000
-    rollout = sample_replies(model, [IDS[0]] * n, 1, ENDS, rng(0))
+    rollout = roll_out(model, [IDS[0]] * n, 1, ENDS, rng(0))
     with torch.no_grad(): p = model(torch.tensor([IDS[0]])).logits[0, -1].softmax(-1)
     seen = torch.bincount(rollout.replies[:, 0], minlength=320).double()
     big = p * n > 5
@@ -168,7 +169,7 @@ def test_sampling_follows_the_model():
 
 def test_a_reply_stops_at_its_end_token():
     ends = list(range(0, 320, 5))
-    r = sample_replies(tiny_model(scale=1.), IDS * 20, 10, ends, rng(0))
+    r = roll_out(tiny_model(scale=1.), IDS * 20, 10, ends, rng(0))
     for reply, m, ended in zip(r.replies.tolist(), r.mask.tolist(), r.ended.tolist()):
         n = sum(m)
         assert m == [1] * n + [0] * (len(m) - n)
@@ -178,26 +179,29 @@ def test_a_reply_stops_at_its_end_token():
 def test_chance_is_the_generators_alone():
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    a = sample_replies(tiny_model(scale=1.), IDS, 8, ENDS, rng(7))
-    b = sample_replies(tiny_model(scale=1.), IDS, 8, ENDS, rng(7))
+    a = roll_out(tiny_model(scale=1.), IDS, 8, ENDS, rng(7))
+    b = roll_out(tiny_model(scale=1.), IDS, 8, ENDS, rng(7))
     assert torch.equal(a.input_ids, b.input_ids) and torch.equal(torch.get_rng_state(), state)
 
 
-def test_left_padding():
-    ids, mask = left_pad([[5, 6], [7], [8, 9, 10]], pad_id=1)
-    assert ids.tolist() == [[1, 5, 6], [1, 1, 7], [8, 9, 10]] and mask.tolist() == [[0, 1, 1], [0, 0, 1], [1, 1, 1]]
-    with pytest.raises(Refusal, match="empty"): left_pad([[1], []])
-
-
-def test_exact_kl_by_hand_and_in_chunks():
+def test_exact_kl_of_a_rollout_by_hand():
     p, q = tiny_model(scale=1.), tiny_model(scale=1., seed=1)
-    r = sample_replies(p, IDS, 5, ENDS, rng(0))
+    r = roll_out(p, IDS, 5, ENDS, rng(0))
     by_hand = []
-    for ids, reply, m in zip(IDS, r.replies, r.mask):
-        text = torch.tensor([ids + reply[m.bool()].tolist()])
+    for ids, reply in zip(IDS, r.lists()):
+        text = torch.tensor([ids + reply])
         with torch.no_grad(): a, b = (x(text).logits[0, len(ids) - 1:-1].log_softmax(-1) for x in (p, q))
         by_hand.append((a.exp() * (a - b)).sum())
-    for chunk in (1, 3, 1000): torch.testing.assert_close(exact_kl(p, q, r, chunk), torch.stack(by_hand), rtol=0, atol=1e-8)
+    torch.testing.assert_close(kl_per_reply(p, q, IDS, r.lists())[0], torch.stack(by_hand), rtol=0, atol=1e-8)
+
+
+def test_k1_and_k3_of_text_average_to_the_exact_kl():
+    p, q = tiny_model(scale=1.), tiny_model(scale=1., seed=1)
+    many = roll_out(p, [IDS[0]] * 2000, 4, ENDS, rng(2))
+    exact = kl_per_reply(p, q, [IDS[0]] * 2000, many.lists())[0]
+    with torch.no_grad(): k = kl_estimates(read_replies(p, many)["logps"], read_replies(q, many)["logps"])
+    for one in (k.k1.sum(-1), k.k3.sum(-1)): assert (one - exact).mean().abs() < 4 * (one - exact).std() / 2000**.5
+    assert exact.std() < k.k3.sum(-1).std() < k.k1.sum(-1).std()
 
 
 # ------------------------------------------------------------ the loop
@@ -235,7 +239,7 @@ def test_first_step_gradient_is_reinforce():
 
 
 def test_side_activities_change_nothing():
-    def noisy(line): torch.rand(3); sample_replies(loud.policy, IDS, 3, ENDS, rng(1))
+    def noisy(line): torch.rand(3); roll_out(loud.policy, IDS, 3, ENDS, rng(1))
     quiet, loud = make(), make()
     train(quiet); train(loud, noisy)
     assert weights_hash(quiet.policy) == weights_hash(loud.policy)
@@ -254,9 +258,9 @@ def test_resumed_to_the_bit(tmp_path, stop):
 
 
 @pytest.mark.parametrize("reward,words,code", [
-    (lambda p, r: 1 / 0, "raised ZeroDivisionError", 2), (lambda p, r: ["fine"] * len(r), "returned str for reply 0", 2), (lambda p, r: [math.nan] * len(r), "returned nan for reply 0", 3),
-    (lambda p, r: [math.inf] * len(r), "returned inf", 3), (lambda p, r: [1.], "returned 1 values for 8", 2), (lambda p, r: None, "returned NoneType for 8", 2),
-    (lambda p, r: [None] * len(r), "returned NoneType for reply 0", 2), (lambda p, r: "good", "returned str for 8", 2)])
+    (lambda p, r: 1 / 0, "raised ZeroDivisionError", 2), (lambda p, r: ["fine"] * len(r), "gave 'fine' for the reply", 2), (lambda p, r: [math.nan] * len(r), "gave nan for the reply", 3),
+    (lambda p, r: [math.inf] * len(r), "gave inf", 3), (lambda p, r: [1.], "gave list for 8 replies", 2), (lambda p, r: None, "gave NoneType for 8", 2),
+    (lambda p, r: [None] * len(r), "gave None for the reply", 2), (lambda p, r: "good", "gave str for 8", 2)])
 def test_a_broken_reward_is_one_sentence_and_the_state_is_kept(tmp_path, reward, words, code):
     seen = []
     def late(p, r): seen.append(1); return likes_e(p, r) if len(seen) < 2 else reward(p, r)
@@ -278,7 +282,7 @@ def test_numbers_of_every_kind_are_rewards():
 
 def test_all_empty_is_refused_and_some_empty_counted(tmp_path):
     mute = make(output_dir=tmp_path)
-    mute.end_ids = lambda: list(range(320))                                           # whatever comes first ends the reply
+    mute.end_ids = list(range(320))                                          # whatever comes first ends the reply
     mute.tokenizer = tiny_tokenizer(); mute.tokenizer.decode = lambda *a, **k: ""
     with pytest.raises(Refusal, match="every reply of the batch is empty"): train(mute)
     assert (tmp_path / "state.safetensors").exists()
@@ -314,7 +318,7 @@ def test_no_prompts():
 def test_every_prompt_once_an_epoch():
     run = make(config=replace(CONFIG, batch_size=3))
     seen = []
-    for step in range(4): run.done = step; seen += run.prompt_numbers()
+    for step in range(4): run.done = step; seen += prompt_numbers(run)
     assert [sorted(seen[i:i + 4]) for i in (0, 4, 8)] == [[0, 1, 2, 3]] * 3
 
 
@@ -336,9 +340,7 @@ def test_rewards_by_name(tmp_path):
     pytest.importorskip("vaderSentiment")
     up, down = reward_function("vader")(None, ["I love this, it is wonderful!", "I hate this, it is terrible!"])
     assert up > .5 and down < -.5
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(dict(prompt="a", chosen="b", rejected="c")))
-    assert read_prompts(tmp_path / "pairs.jsonl") == ["a"]
-    with pytest.raises(Refusal, match="does not exist"): read_prompts(tmp_path / "none.txt")
+    with pytest.raises(Refusal, match="cannot be loaded"): reward_function("no_such_module:f")
 
 
 def test_a_language_model_is_not_a_reward(tmp_path):
