@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'OWN', 'check_data', 'losses', 'quiet', 'demo', 'complain', 'as_arguments', 'read_recipe', 'Strict',
-           'read_settings', 'train_options', 'rows_of', 'train', 'make_trainer', 'finish_training', 'settings_help',
-           'parser', 'add_demo', 'add_train', 'add_reward_train', 'later', 'add_ppo', 'add_frontier', 'main']
+           'read_settings', 'train_options', 'rows_of', 'train', 'make_trainer', 'measured', 'in_a_line',
+           'finish_training', 'settings_help', 'parser', 'add_demo', 'add_train', 'add_reward_train', 'later',
+           'add_ppo', 'add_frontier', 'main']
 
 # %% ../nbs/11a_cli.ipynb #8e48080d
 import argparse, ast, dataclasses, difflib, os, signal, sys, time
@@ -15,9 +16,9 @@ from pathlib import Path
 def check_data(
     args:argparse.Namespace, # `file`, `split`, `model`, `control_text`
 )->int:                      # 0, or 2 where training would refuse the file
-    "Count the pairs of a file by class, with the place of each problem."
-    from dpo_literate.preferences import check_preferences, load_preferences
-    pairs, tokenizer = load_preferences(args.file, args.split), None
+    "Count the rows of a file by class, with the place of each problem."
+    from dpo_literate.preferences import check_preferences, load_any
+    pairs, tokenizer = load_any(args.file, args.split), None
     if args.model:
         from dpo_literate.models import load_tokenizer
         tokenizer = load_tokenizer(args.model)
@@ -64,9 +65,8 @@ def complain(
     message:str, # one sentence
 )->None:
     "One line on stderr, control characters made visible."
-    safe = "".join(ch if ch.isprintable() else ch.encode("unicode_escape", "surrogatepass").decode()
-                   for ch in str(message))
-    print(safe, file=sys.stderr)
+    from dpo_literate.preferences import inert
+    print(inert(message), file=sys.stderr)
 
 # %% ../nbs/11a_cli.ipynb #211cdce8
 def as_arguments(
@@ -153,12 +153,13 @@ def rows_of(
     source, own:dict, settings:dict, # a file; options of `train`; settings of the trainer
     tokenizer,
 )->tuple:                            # rows, and what became of the pairs
-    "Pairs of a file, checked and encoded."
-    from dpo_literate.preferences import as_chat, check_preferences, load_preferences
+    "Pairs or labelled replies of a file, checked and encoded."
+    from dpo_literate.preferences import as_chat, check_preferences, load_any
     from dpo_literate.rows import encode_pairs
-    pairs = load_preferences(source)
+    pairs = load_any(source)
     audit = check_preferences(pairs, tokenizer)
-    audit.refuse(("identical",) if own["identical"] == "drop" else ())
+    allowed = {"identical": own["identical"] == "drop", "one class": source == own["eval_data"]}
+    audit.refuse([name for name, may in allowed.items() if may])
     spelled = audit.found["control text"]
     if spelled and own["control_text"] != "text":
         from dpo_literate.results import Refusal
@@ -216,23 +217,33 @@ def make_trainer(own:dict, settings:dict, tokenizer, rows:list, held:list):
     return trainer
 
 # %% ../nbs/11a_cli.ipynb #8869e826
+def measured(trainer, held:list)->dict: # figures of the held-out rows
+    "What came out on rows that were not trained on; labelled replies have no accuracy."
+    if not held: return {}
+    e = trainer.evaluate()
+    names = dict(accuracy="rewards/accuracies", margin="rewards/margins", eval_loss="loss")
+    return dict(held_out=len(held)) | {k: e[f"eval_{v}"] for k, v in names.items() if f"eval_{v}" in e}
+
+def in_a_line(found:dict, out:str, what:str)->str: # of `finish_training`
+    "The result of a run in one sentence."
+    said = f", accuracy {found['accuracy']:.1%}" if "accuracy" in found else f", margin {found['margin']:.3f}" if "margin" in found else ""
+    tail = f"{said} on {found['held_out']} held-out {what}" if said else ""
+    return f"{found['steps']} steps on {found['pairs']} {what}: loss {found['first_loss']:.3f} to {found['last_loss']:.3f}{tail}; saved in {out}"
+
+# %% ../nbs/11a_cli.ipynb #8869e827
 def finish_training(trainer, own:dict, rows:list, held:list, counts, started:float)->int:
     "Train, save, report."
     import json
     from dpo_literate.results import write_atomic, to_json
     trainer.train(resume_from_checkpoint=True if own["resume"] and any(Path(own["out"]).glob("checkpoint-*")) else None)
     trainer.save_model(own["out"])
-    log = [h for h in trainer.state.log_history if "rewards/margins" in h]
+    log = [h for h in trainer.state.log_history if "num_tokens" in h]
     found = dict(steps=trainer.state.global_step, pairs=len(rows), rows=str(counts), first_loss=log[0]["loss"], last_loss=log[-1]["loss"])
-    if held:
-        e = trainer.evaluate()
-        found |= dict(held_out=len(held), accuracy=e["eval_rewards/accuracies"], margin=e["eval_rewards/margins"], eval_loss=e["eval_loss"])
-    found["seconds"] = time.perf_counter() - started
+    found |= measured(trainer, held) | dict(seconds=time.perf_counter() - started)
     write_atomic(Path(own["out"]) / "result.json", to_json(found | dict(log=log)))
     card = Path(own["out"]) / "run_card.json"
     write_atomic(card, to_json(json.loads(card.read_text()) | dict(command=own, pairs=dict(read=counts.rows_in, **counts.by))))
-    tail = f", accuracy {found['accuracy']:.1%} on {len(held)} held-out pairs" if held else ""
-    print(f"{found['steps']} steps on {len(rows)} pairs: loss {found['first_loss']:.3f} to {found['last_loss']:.3f}{tail}; saved in {own['out']}")
+    print(in_a_line(found, own["out"], "pairs" if rows[0].label is None else "replies"))
     return 0
 
 # %% ../nbs/11a_cli.ipynb #d770418b
@@ -253,9 +264,9 @@ def parser()->argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dpo-literate", description="Direct Preference Optimization, step by step.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_demo(commands.add_parser("demo", help="align a real model and measure it: the experiment of page 11"))
-    add_train(commands.add_parser("train", help="train a model on a file of pairs", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False))
-    check = commands.add_parser("check-data", help="count the pairs of a file and name each problem's line")
-    check.add_argument("file", help="a file or folder of pairs")
+    add_train(commands.add_parser("train", help="train a model on a file of pairs, or of labelled replies", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False))
+    check = commands.add_parser("check-data", help="count the rows of a file and name each problem's line")
+    check.add_argument("file", help="a file or folder of pairs, or of labelled replies")
     check.add_argument("--split", help="which split, where there are several")
     check.add_argument("--model", help="look for this model's control tokens too: \"bundled\", a folder or a hub name")
     check.add_argument("--control-text", default="refuse", choices=["refuse", "text"], help="as for train (refuse)")
@@ -284,7 +295,7 @@ def add_demo(p:argparse.ArgumentParser)->None:
 def add_train(p:argparse.ArgumentParser)->None:
     "Arguments of `train`; those of `DPOConfig` are read when it runs."
     p.add_argument("--model", help="\"bundled\", a folder or a hub name")
-    p.add_argument("--data", help="a file or folder of pairs")
+    p.add_argument("--data", help="a file or folder of pairs, or of labelled replies (prompt, completion, label)")
     p.add_argument("--out", help="where the model goes: a new or empty folder")
     p.add_argument("--config", help="a recipe: any of these settings in YAML; the command line wins over it")
     p.add_argument("--eval-data", help="pairs to measure on")

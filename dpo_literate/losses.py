@@ -111,6 +111,9 @@ class Loss:
     batch_dependent:bool=False   # do the pairs of a batch act on each other?
     quantity:str="sum"           # the log-probability its rewards are made of: "sum" or "mean"
     divergence:bool=False        # may the log-ratio be replaced by (4.5)?
+    heaps:bool=False             # does it see chosen and rejected replies as two heaps, whoever belongs to whom?
+    running:Callable|None=None   # makes the running means it measures against
+    baseline:Callable|None=None  # log-probs of replies to other prompts, policy's and reference's -> its `kl`
 
     @property
     def reference(self)->bool: return any(name.startswith("ref_") for name in self.needs)
