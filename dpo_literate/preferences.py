@@ -500,6 +500,7 @@ def _shape(row):
     return {k: kind(row[k]) if isinstance(row.get(k), (str, list)) else "none"
             for k in texts_of(row)}
 
+# %% ../nbs/05_preferences.ipynb #949193d1
 def _file_hashes(files):
     "SHA-256 of each file; no content twice."
     first = {}

@@ -8,13 +8,14 @@ __all__ = ['INSTEAD', 'READS', 'GIVEN', 'ALONE', 'TRL_DEFAULTS', 'DIFFERS', 'UNR
            'check_reference', 'default_of', 'settings_of', 'check_inputs', 'wants_replies', 'check_losses',
            'check_kwargs', 'heap_loss', 'mixed_loss', 'constant_at_init', 'fate', 'TRLTable', 'read_pairs',
            'prepare_rows', 'check_columns', 'fit_rows', 'reply_inputs', 'pair_inputs', 'loss_inputs', 'pair_metrics',
-           'reply_metrics', 'metrics_of', 'as_means', 'as_batch', 'EpochOrder', 'RowTrainer', 'LayoutTrainer',
-           'reference_mode', 'ReferenceTrainer', 'CacheTrainer', 'mismatched', 'MismatchTrainer', 'TableTrainer',
-           'ProbeTrainer', 'LossTrainer', 'pulled_names', 'pulls', 'GatherTrainer', 'WholeTrainer', 'StepTrainer',
-           'running_sums', 'RunningTrainer', 'PieceTrainer', 'check_first_loss', 'check_finite', 'StepGuard',
-           'ReferenceGuard', 'LogTrainer', 'EvalTrainer', 'CoverTrainer', 'sample_replies', 'SampleTrainer',
-           'data_hash', 'CardTrainer', 'StateTrainer', 'ResumeTrainer', 'ModelCardTrainer', 'make_policy',
-           'check_policy', 'check_ids', 'check_arguments', 'PreparedTrainer', 'DPOTrainer', 'plot_log']
+           'reply_metrics', 'metrics_of', 'as_means', 'as_batch', 'EpochOrder', 'RowTrainer', 'ChosenTrainer',
+           'LayoutTrainer', 'reference_mode', 'ReferenceTrainer', 'CacheTrainer', 'mismatched', 'MismatchTrainer',
+           'ReadTrainer', 'TableTrainer', 'ProbeTrainer', 'StillTrainer', 'LossTrainer', 'pulled_names', 'pulls',
+           'GatherTrainer', 'BaselineTrainer', 'WholeTrainer', 'StepTrainer', 'BackwardTrainer', 'running_sums',
+           'RunningTrainer', 'PieceTrainer', 'check_first_loss', 'check_finite', 'StepGuard', 'ReferenceGuard',
+           'LogTrainer', 'EvalTrainer', 'CoverTrainer', 'sample_replies', 'SampleTrainer', 'data_hash', 'CardTrainer',
+           'StateTrainer', 'ResumeTrainer', 'ModelCardTrainer', 'make_policy', 'check_policy', 'check_ids',
+           'check_arguments', 'EncodedTrainer', 'PreparedTrainer', 'DPOTrainer', 'plot_log']
 
 # %% ../nbs/10_trainer.ipynb #8a68cb54
 import contextlib, copy, dataclasses, hashlib, itertools, json, math, time
@@ -423,7 +424,7 @@ def as_means(
     "From sums to what is logged; a label that did not occur has no mean."
     counts = {k.removeprefix("counts/"): v for k, v in sums.items() if k.startswith("counts/")}
     over = {k: counts.get(k.rpartition("/")[2], sums["pairs"]) for k in sums}
-    means = {k: v if k.startswith("counts/") else v / over[k] for k, v in sums.items() if k != "pairs" and over[k]}
+    means = {k: v if k.startswith("counts/") else v / over[k] for k, v in sums.items() if k != "pairs" and (over[k] or k.startswith("counts/"))}
     if counts and all(counts.values()): means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means
 
@@ -459,8 +460,8 @@ class RowTrainer(SafeCheckpoints, Trainer):
         return self.accelerator.reduce(mine, "sum").tolist()
 
 # %% ../nbs/10_trainer.ipynb #85f6d026
-class LayoutTrainer(RowTrainer):
-    "Lays rows out for the model."
+class ChosenTrainer(RowTrainer):
+    "Knows the layout."
     layout, why_padded = None, None
 
     @property
@@ -477,6 +478,9 @@ class LayoutTrainer(RowTrainer):
             if self.why_padded: self.accelerator.print(self.why_padded)
         self.layout = "padded" if self.why_padded else self.args.layout
 
+# %% ../nbs/10_trainer.ipynb #a45ce03f
+class LayoutTrainer(ChosenTrainer):
+    "Lays rows out for the model."
     def pieces(self, rows:list)->list:
         "Batches of these rows, in the layout that was chosen."
         if self.layout == "packed": return pack_rows(rows, capacity=self.args.capacity)
@@ -567,6 +571,7 @@ def mismatched(
         found.append(other and dataclasses.replace(r, chosen_ids=other.chosen_ids[:most and most - len(r.prompt_ids)], id=f"{r.id} with the reply of {other.id}"))
     return found
 
+# %% ../nbs/10_trainer.ipynb #9c4d86ee
 class MismatchTrainer(CacheTrainer):
     "Knows which replies a step is measured against."
     baseline, running = None, None
@@ -581,17 +586,19 @@ class MismatchTrainer(CacheTrainer):
         return math.ceil(a.max_steps / math.ceil(len(self.rows) / step)) if a.max_steps > 0 else math.ceil(a.num_train_epochs)
 
     def mismatched_groups(self, rows:list)->list:
-        "What `z_0` will be read from, in the batches in which it will be read."
+        "What `z_0` will be read from, in the batches in which it will be read; for each epoch (an evaluation has one)."
         a, train = self.args, rows is self.rows
         step = a.per_device_train_batch_size * a.gradient_accumulation_steps * a.world_size if train else len(rows)
         size = a.per_device_train_batch_size if train else a.per_device_eval_batch_size
         orders = [epoch_order(len(rows), self.order.seed, e) for e in range(self.epochs(step))] if train else [range(len(rows))]
-        steps = (mismatched([rows[i] for i in order[k:k + step]], self.most) for order in orders for k in range(0, len(rows), step))
-        return [[r for r in found[k:k + size] if r] for found in steps for k in range(0, len(found), size)]
+        def groups(order):
+            steps = (mismatched([rows[i] for i in order[k:k + step]], self.most) for k in range(0, len(rows), step))
+            return [[r for r in found[k:k + size] if r] for found in steps for k in range(0, len(found), size)]
+        return [groups(order) for order in orders]
 
 # %% ../nbs/10_trainer.ipynb #2bb3715b
-class TableTrainer(MismatchTrainer):
-    "Reads the reference once and keeps it on disk."
+class ReadTrainer(MismatchTrainer):
+    "Reads the reference once."
     def read_rows(self, model)->CachedReference:
         "Find the rows' numbers on disk, read what is missing."
         self.table_file = table_path(Path(self.args.output_dir) / "reference", self.reference_context())
@@ -604,8 +611,11 @@ class TableTrainer(MismatchTrainer):
 
     def needed(self, rows:list)->list: # of groups of rows
         "What the reference must know for a set: its rows, and for some losses their replies elsewhere."
-        return [self.groups(rows)] + ([self.mismatched_groups(rows)] if self.baseline else [])
+        return [self.groups(rows)] + (self.mismatched_groups(rows) if self.baseline else [])
 
+# %% ../nbs/10_trainer.ipynb #2f047292
+class TableTrainer(ReadTrainer):
+    "Keeps it on disk."
     def extend(self, cached:CachedReference, model, groups:list)->None:
         "Read rows that are missing, each process its share; the first one writes."
         rows = [r for group in groups for r in group]
@@ -638,6 +648,9 @@ class ProbeTrainer(TableTrainer):
         with self.accelerator.autocast(): said = [torch.stack(self.voice.logps(p.to(self.args.device))) for p in self.pieces(self.rows[:4])]
         return torch.cat(said, 1)
 
+# %% ../nbs/10_trainer.ipynb #5ea0516a
+class StillTrainer(ProbeTrainer):
+    "Saves nothing after a reference that moved."
     def check_reference(self)->None:
         "Refuse to save after a reference that moved."
         if self.probe is None: return
@@ -650,7 +663,7 @@ class ProbeTrainer(TableTrainer):
         super()._save_checkpoint(model, trial)
 
 # %% ../nbs/10_trainer.ipynb #800ef27c
-class LossTrainer(ProbeTrainer):
+class LossTrainer(StillTrainer):
     "From a batch to one loss a pair."
     def score(self, model, batch)->dict:
         "Inputs of the loss for a batch, see `loss_inputs`."
@@ -700,6 +713,15 @@ class GatherTrainer(LossTrainer):
         before = sum(len(e["real"]) for e in every[:self.args.process_index])
         return {k: torch.cat([e[k] for e in every]).to(self.args.device) for k in mine}, before
 
+    def hold(self, pieces:list)->None:
+        "Formula (10.2): the pull on each reply of this process."
+        every, start = self.collect(pieces)
+        mine = sum(p.n_pairs for p in pieces)
+        self.held = {k: v[start:start + mine] for k, v in pulls(self.args, every).items()}
+
+# %% ../nbs/10_trainer.ipynb #09361a0e
+class BaselineTrainer(GatherTrainer):
+    "Reads replies where they do not belong."
     @torch.no_grad()
     def read_kl(self, groups:list)->Tensor: # nat, one number
         "What the loss's `kl` is, from replies where they do not belong; 0 where no prompt has another beside it."
@@ -710,22 +732,6 @@ class GatherTrainer(LossTrainer):
         here = every["real"] > 0
         return self.baseline(every["policy_logps"][here], every["ref_logps"][here]) if here.any() else every["real"].new_zeros(())
 
-    def hold(self, pieces:list)->None:
-        "Formula (10.2): the pull on each reply of this process."
-        every, start = self.collect(pieces)
-        mine = sum(p.n_pairs for p in pieces)
-        self.held = {k: v[start:start + mine] for k, v in pulls(self.args, every).items()}
-
-# %% ../nbs/10_trainer.ipynb #ac38fcdb
-class WholeTrainer(GatherTrainer):
-    "Losses that see a whole step."
-    def pulled(self, inputs)->tuple: # what the log is told (loss and rewards), and what is learned from
-        "The loss as it was found for the whole step, and its pull on these rows."
-        here = slice(self.at, self.at + len(inputs["real"])); self.at = here.stop
-        held = {k: v[here] for k, v in self.held.items()}
-        pull = sum(held[k] * inputs[k] for k in pulled_names(inputs))
-        return [held[k] for k in ("loss", *REWARDS) if k in held], inputs["weight"] * held["loss"] + pull - pull.detach()
-
     def step_mismatches(self, batches:list)->list:
         "Of the rows of a step, over all processes in their order, this process's with other replies, by batch."
         every = gather_object([batches]) if self.args.world_size > 1 else [batches]
@@ -734,9 +740,19 @@ class WholeTrainer(GatherTrainer):
         groups = [(p, [m for m in itertools.islice(found, len(rows)) if m]) for p, rows in order]
         return [group for p, group in groups if p == self.args.process_index]
 
+# %% ../nbs/10_trainer.ipynb #ac38fcdb
+class WholeTrainer(BaselineTrainer):
+    "Losses that see a whole step."
+    def pulled(self, inputs)->tuple: # what the log is told (loss and rewards), and what is learned from
+        "The loss as it was found for the whole step, and its pull on these rows."
+        here = slice(self.at, self.at + len(inputs["real"])); self.at = here.stop
+        held = {k: v[here] for k, v in self.held.items()}
+        pull = sum(held[k] * inputs[k] for k in pulled_names(inputs))
+        return [held[k] for k in ("loss", *REWARDS) if k in held], inputs["weight"] * held["loss"] + pull - pull.detach()
+
 # %% ../nbs/10_trainer.ipynb #779a5ec8
 class StepTrainer(WholeTrainer):
-    "Forward and backward by formula (10.1)."
+    "What one optimizer step reads, see formula (10.1)."
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The micro-batches of one optimizer step, laid out, and N."
         batches = [b["rows"] for b in itertools.islice(epoch_iterator, num_batches)]
@@ -752,6 +768,9 @@ class StepTrainer(WholeTrainer):
         if pieces and self.together: self.hold(pieces)
         return micro, n
 
+# %% ../nbs/10_trainer.ipynb #e82273ab
+class BackwardTrainer(StepTrainer):
+    "Forward and backward, piece by piece."
     def training_step(self, model, inputs, num_items_in_batch=None):
         "Forward and backward, one piece at a time; only the last one of a step talks to other processes."
         model.train()
@@ -778,7 +797,7 @@ def running_sums(
         if "reward_mean" in l.needs: found["reward_mean"] = settings_of(l, args)["beta"] * (inputs["policy_logps"] - inputs["ref_logps"])
     return {k: torch.where(real, v.detach(), 0.).double().sum() for k, v in found.items()} | dict(rows=real.double().sum())
 
-class RunningTrainer(StepTrainer):
+class RunningTrainer(BackwardTrainer):
     "Running means, told once a step."
     def tell_running(self)->None:
         "After a step: the mean over its rows."
@@ -900,7 +919,7 @@ class EvalTrainer(LogTrainer):
         self.cover(rows)
         was = self.model.training; self.model.eval()
         pieces = [b for group in self.mine(self.groups(rows)) for b in self.pieces(group)] or self.pieces([self.filler])
-        kept, self.kl = self.kl, self.read_kl(self.mine(self.mismatched_groups(rows))) if self.baseline else self.kl
+        kept, self.kl = self.kl, self.read_kl(self.mine(self.mismatched_groups(rows)[0])) if self.baseline else self.kl
         every, _ = self.collect(self.even(pieces))
         self.kl = kept
         pairs = {k: v[every["real"] > 0] for k, v in every.items()}
@@ -1101,8 +1120,8 @@ def check_arguments(args, train_dataset, **given)->None:
         raise Refusal(f"loss {', '.join(args.loss_type)} is read twice a step, which dropout would make two different readings: leave disable_dropout on")
 
 # %% ../nbs/10_trainer.ipynb #e3dd3631
-class PreparedTrainer(ModelCardTrainer):
-    "What is known before there is a `Trainer`."
+class EncodedTrainer(ModelCardTrainer):
+    "The rows, before there is a `Trainer`."
     def encode(self, train, evals, tokenizer, args):
         "Rows of the training set and of the evaluation sets, counted."
         self.counts = {}
@@ -1119,6 +1138,9 @@ class PreparedTrainer(ModelCardTrainer):
             made[name] = fit_rows(read, args)
         return rows, made if isinstance(evals, dict) else made[""]
 
+# %% ../nbs/10_trainer.ipynb #b3a64454
+class PreparedTrainer(EncodedTrainer):
+    "What is known of policy and loss before there is a `Trainer`."
     def remember(self, args, policy, ref_model):
         "The policy as it starts, and what its loss will ask."
         if args.disable_dropout: no_dropout(policy)
