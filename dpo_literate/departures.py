@@ -186,7 +186,7 @@ def coupled(
 )->tuple[Tensor,Tensor,Tensor]: # places in both sorted heaps, share of a chosen reply, (≤ n+m−1,) each
     "Which reply of one sorted heap stands against which of the other."
     edges = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()   # levels, of n·m
-    return (edges - 1) // m, (edges - 1) // n, edges.diff(prepend=edges.new_zeros(1)) / m
+    return (edges - 1) // m, (edges - 1) // n, edges.diff(prepend=edges.new_zeros(1)).double() / m
 
 @register_loss("aot_unpaired", title="AOT, unpaired", source="arXiv:2406.05882", batch_dependent=True, heaps=True,
     formula=r"-\log\sigma\big(\beta(\mathrm{sort}(u_w)-\mathrm{sort}(u_l))\big)", at_init=lambda **_: math.log(2),

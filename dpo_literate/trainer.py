@@ -424,7 +424,7 @@ def as_means(
     "From sums to what is logged; a label that did not occur has no mean."
     counts = {k.removeprefix("counts/"): v for k, v in sums.items() if k.startswith("counts/")}
     over = {k: counts.get(k.rpartition("/")[2], sums["pairs"]) for k in sums}
-    means = {k: v if k.startswith("counts/") else v / over[k] for k, v in sums.items() if k != "pairs" and (over[k] or k.startswith("counts/"))}
+    means = {k: int(v) if k.startswith("counts/") else v / over[k] for k, v in sums.items() if k != "pairs" and (over[k] or k.startswith("counts/"))}
     if counts and all(counts.values()): means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means
 
@@ -656,7 +656,7 @@ class StillTrainer(ProbeTrainer):
         if self.probe is None: return
         gap, least = (self.ask_again() - self.probe).abs().max(), 0. if self.args.device.type == "cpu" else 1e-3
         if self.add_up([(~(gap <= least)).double()])[0]:
-            raise Refusal(f"step {self.state.global_step}: the reference ({self.mode}: {self.reference.describe()}) has moved by {gap.item():.2g} nat since the run began; nothing was saved", 3)
+            raise Refusal(f"step {self.state.global_step}: the reference ({self.mode}) has moved by {gap.item():.2g} nat since the run began; nothing was saved", 3)
 
     def _save_checkpoint(self, model, trial):
         self.check_reference()

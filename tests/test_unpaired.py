@@ -11,6 +11,7 @@ from dpo_literate.preferences import as_chat, check_preferences, leakage, load_a
 from dpo_literate.results import Refusal
 from dpo_literate.rows import encode_pair, encode_pairs, split_pairs, tiny_tokenizer
 from dpo_literate.trainer import FILLER, epoch_order, mismatched
+from test_cli import here, model as model_folder  # noqa: F401
 from test_trainer import PAIRS, TOKENIZER, apart, config, exact, lines, lora, losses, quiet, read_by, train, trainer  # noqa: F401
 
 REPLIES = [dict(prompt=f"the cat {'sat ' * (i % 3)}{i % 5}", completion=f"on the mat {'and the dog ' * (i % 4)}{i}", label=i % 3 > 0, id=str(i)) for i in range(19)]   # 3 steps of 8, the last of 3
@@ -349,3 +350,57 @@ def test_identities_have_one_tokenizer_hash(tmp_path):
     t.prepare_reference()
     assert "tokenizer" not in t.run_identity() and t.identity()["tokenizer"] == tokenizer_hash(t.processing_class) == t.reference_context()["tokenizer"]
     assert t.identity()["order_seed"] == t.order.seed and tokenizer_hash(tiny_tokenizer("plain")) != tokenizer_hash(TOKENIZER)
+
+
+# ------------------------------------------------------------ the command line
+
+@pytest.mark.usefixtures("model_folder")
+class TestCommandLine:
+    def test_check_data(self, tmp_path):
+        good = jsonl(tmp_path / "r.jsonl", REPLIES)
+        done = here("check-data", good)
+        assert done.returncode == 0 and "19 labelled replies (12 good, 7 bad)" in done.stdout
+        bad = here("check-data", jsonl(tmp_path / "bad.jsonl", [REPLIES[0], dict(REPLIES[1], label="so-so")]))
+        assert bad.returncode == 2 and "bad.jsonl:2: label must be true or false" in bad.stderr and bad.stderr.count("\n") == 1
+        one = here("check-data", jsonl(tmp_path / "one.jsonl", [r for r in REPLIES if r["label"]]))
+        assert one.returncode == 2 and "one class" in one.stderr and one.stderr.count("\n") == 1
+
+    def test_train(self, tmp_path, request):
+        folder, data = request.getfixturevalue("model_folder"), jsonl(tmp_path / "r.jsonl", REPLIES)
+        same = ("--model", folder, "--data", data, "--max-steps", "2", "--per-device-train-batch-size", "4", "--save-strategy", "no")
+        done = here("train", *same, "--out", tmp_path / "out", "--loss-type", "kto", "--desirable-weight", "1.5", "--holdout", "4")
+        assert done.returncode == 0 and "2 steps on 15 replies: loss" in done.stdout and "on 4 held-out replies" in done.stdout, done.stderr
+        result = json.loads((tmp_path / "out" / "result.json").read_text())
+        assert result["pairs"] == 15 and {"counts/chosen", "kl"} <= set(result["log"][0])
+        no = here("train", *same, "--out", tmp_path / "no")
+        assert no.returncode == 2 and "use kto, bco" in no.stderr and no.stderr.count("\n") == 1 and not (tmp_path / "no").exists()
+        pairs = here("train", *same[:2], "--data", jsonl(tmp_path / "p.jsonl", PAIRS), *same[4:], "--out", tmp_path / "pairs", "--loss-type", "bco")
+        assert pairs.returncode == 0 and "two labelled replies" in pairs.stdout, pairs.stderr
+
+
+# ------------------------------------------------------------ names
+
+def names_in_trl():
+    "Every loss name that a trainer of the installed TRL compares its `loss_type` with."
+    import re
+    from pathlib import Path
+    trl = pytest.importorskip("trl")
+    folder = Path(trl.__file__).parent
+    files = [folder / "trainer" / f"{n}_trainer.py" for n in ("dpo", "kto")] + [folder / "experimental" / "cpo" / "cpo_trainer.py"]
+    text = "".join(f.read_text() for f in files)
+    return sorted(set(re.findall(r"loss_type == \"(\w+)\"", text)))
+
+
+def test_every_loss_name_of_trl_is_a_setting(tmp_path):
+    found = names_in_trl()
+    assert len(found) >= 18 and {"sigmoid", "ipo", "kto", "apo_zero_unpaired", "aot_unpaired", "simpo", "sft"} <= set(found), found
+    from dpo_literate.losses import get_loss
+    pairs = [n for n in found if get_loss(n).paired]
+    for name in found: assert config(tmp_path, loss_type=name).loss_type == [name]
+    both = config(tmp_path, loss_type=pairs, loss_weights=[1 + .1 * i for i in range(len(pairs))])
+    t = trainer(tmp_path / "all", loss_type=both.loss_type, loss_weights=both.loss_weights, per_device_train_batch_size=4, learning_rate=1e-4)
+    t.train()
+    assert all(math.isfinite(x) for x in losses(t)) and t.state.global_step == 2
+    alone = config(tmp_path, loss_type=["kto", "apo_zero_unpaired"], loss_weights=[1., .5])
+    t = trainer(tmp_path / "alone", data=REPLIES, loss_type=alone.loss_type, loss_weights=alone.loss_weights, per_device_train_batch_size=8); t.train()
+    assert losses(t)[0] == pytest.approx(.5 + .5 * .5, abs=1e-12)

@@ -36,7 +36,7 @@ def plain(data): return [{k: v for k, v in p.items() if k != "weight"} for p in 
 CASES = dict(   # rows, pairs of a process, accumulation, settings
     odd=(7, 2, 1, {}), one_row=(1, 2, 1, {}), tight=(9, 1, 3, dict(capacity=42)), padded=(9, 2, 2, dict(layout="padded")), ranked=(7, 2, 1, dict(loss_type="ranked")),
     checkpointing=(7, 2, 1, dict(gradient_checkpointing=True)),
-    kto=(11, 1, 2, dict(loss_type="kto")), bco=(9, 2, 1, dict(loss_type="bco")), aot_unpaired=(10, 2, 1, dict(loss_type="aot_unpaired")), beta_dpo=(7, 2, 1, dict(loss_type="beta_dpo")))
+    kto=(11, 1, 2, dict(loss_type="kto")), bco=(9, 2, 1, dict(loss_type="bco")), aot_unpaired=(9, 2, 1, dict(loss_type="aot_unpaired")), beta_dpo=(7, 2, 1, dict(loss_type="beta_dpo")))
 REPLIES = ("kto", "bco", "aot_unpaired")   # cases of labelled replies
 COPIES = dict(adapter=(7, 2, 1, dict(precompute_ref_log_probs=False)), frozen=(7, 2, 1, dict(precompute_ref_log_probs=False)), moving=(7, 2, 1, dict(sync_ref_model=True, ref_model_sync_steps=2)))   # not for a model in shards
 
