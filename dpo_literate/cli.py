@@ -158,7 +158,7 @@ def rows_of(
     from dpo_literate.rows import encode_pairs
     pairs = load_any(source)
     audit = check_preferences(pairs, tokenizer)
-    allowed = {"identical": own["identical"] == "drop", "one class": source == own["eval_data"]}
+    allowed = {"identical": own["identical"] == "drop", "one class": source == own.get("eval_data")}
     audit.refuse([name for name, may in allowed.items() if may])
     spelled = audit.found["control text"]
     if spelled and own["control_text"] != "text":

@@ -273,7 +273,7 @@ DIFFERS = dict(
     truncation_mode="default `'refuse'`: a longer pair is an error until you choose what to cut",
     padding_free="does nothing there; here another word for `layout='packed'`, the default",
     precompute_ref_log_probs="default `None`: read once, unless the reference moves; `False` asks it at every step",
-    loss_type="as there, and every other loss of `LOSSES`; those that compare pairs see the whole step, not a micro-batch",
+    loss_type="as there, and every other loss of `LOSSES`; those that compare pairs see the whole step, not a micro-batch; `kto` and `apo_zero_unpaired`, there of `KTOTrainer`, take labelled replies",
     label_smoothing="reaches `sigmoid` too (cDPO), which ignores it there",
     sync_ref_model="as there, and the moving reference is saved with the checkpoints")
 
