@@ -1022,6 +1022,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.ProbeTrainer.start_probe': ( 'trainer.html#probetrainer.start_probe',
                                                                                          'dpo_literate/trainer.py'),
+                                      'dpo_literate.trainer.ProbeTrainer.who_computes': ( 'trainer.html#probetrainer.who_computes',
+                                                                                          'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.ReadTrainer': ('trainer.html#readtrainer', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.ReadTrainer.needed': ( 'trainer.html#readtrainer.needed',
                                                                                    'dpo_literate/trainer.py'),

@@ -191,7 +191,9 @@ def wants_replies(
 )->bool|None:       # True: labelled replies; False: pairs; None: either
     "What the run's losses look at."
     kinds = {not l.paired for l in map(get_loss, args.loss_type) if not l.heaps}
-    if len(kinds) == 2: raise Refusal(f"losses {', '.join(args.loss_type)}: some compare the two replies of a pair, others look at one reply at a time; take one kind")
+    if len(kinds) == 2:
+        raise Refusal(f"losses {', '.join(args.loss_type)}: some compare the two replies of a pair, "
+                      "others look at one reply at a time; take one kind")
     return kinds.pop() if kinds else None
 
 # %% ../nbs/10_trainer.ipynb #9b13748c
@@ -203,7 +205,8 @@ def check_losses(args:DPOConfig)->None:
     if args.loss_weights is not None and len(args.loss_weights) != len(losses):
         raise Refusal(f"loss_weights has {len(args.loss_weights)} numbers for {len(losses)} losses")
     for l in losses: check_inputs(l)
-    if args.use_weighting and wants_replies(args): raise Refusal(f"use_weighting weighs pairs, and loss {names} looks at one reply at a time")
+    if args.use_weighting and wants_replies(args):
+        raise Refusal(f"use_weighting weighs pairs, and loss {names} looks at one reply at a time")
     if args.use_weighting and any(l.batch_dependent for l in losses):
         raise Refusal(f"use_weighting weighs single pairs, which loss {names} does not know")
     for name, aliases in READS.items():
@@ -232,7 +235,8 @@ def heap_loss(
     "Good replies against bad ones; where a step has only one kind, against the reference's own level."
     good, level = inputs["label"] > 0, inputs["policy_logps"].new_zeros(1)
     def heap(name, at): return inputs[name][at] if at.any() else level
-    heaps = {f"{m}_{side}_logps": heap(f"{m}_logps", at) for m in ("policy", "ref") for side, at in (("chosen", good), ("rejected", ~good))}
+    sides = dict(chosen=good, rejected=~good)
+    heaps = {f"{m}_{side}_logps": heap(f"{m}_logps", at) for m in ("policy", "ref") for side, at in sides.items()}
     value, c, r = loss(heaps, **settings)
     reward = torch.zeros_like(inputs["policy_logps"]).masked_scatter(good, c).masked_scatter(~good, r)
     return value.mean().expand(len(good)), reward
@@ -243,7 +247,8 @@ def mixed_loss(
 )->tuple[Tensor,...]: # loss, chosen and rejected reward (of a reply alone: its reward), each (B,)
     "Weighted sum of the run's losses; the rewards are those of the first."
     weights, losses = args.loss_weights or [1.] * len(args.loss_type), [get_loss(n) for n in args.loss_type]
-    parts = [heap_loss(l, inputs, settings_of(l, args)) if l.heaps and "label" in inputs else l(inputs, **settings_of(l, args)) for l in losses]
+    def part(l, settings): return heap_loss(l, inputs, settings) if l.heaps and "label" in inputs else l(inputs, **settings)
+    parts = [part(l, settings_of(l, args)) for l in losses]
     loss = sum(w * p[0] for w, p in zip(weights, parts))
     if args.use_weighting: loss = loss * (inputs["chosen_wpo"] + inputs["rejected_wpo"]).exp()
     return loss, *parts[0][1:]
@@ -336,7 +341,8 @@ def check_columns(rows:list, args:DPOConfig)->None:
     if any(r.weight != 1 for r in rows) and any(l.batch_dependent for l in losses):
         raise Refusal(f"loss {', '.join(args.loss_type)} compares the pairs of a step with each other, so none has a weight of its own: take the column out")
     if all(r.label is rows[0].label for r in rows) and rows[0].label is not None:
-        raise Refusal(f"all {len(rows)} replies are labelled {'good' if rows[0].label else 'bad'}: there is nothing to tell apart")
+        raise Refusal(f"all {len(rows)} replies are labelled {'good' if rows[0].label else 'bad'}: "
+                      "there is nothing to tell apart")
     if args.capacity and args.layout == "packed": pack_rows(rows, capacity=args.capacity)
 
 # %% ../nbs/10_trainer.ipynb #e7ad1437
@@ -347,12 +353,14 @@ def fit_rows(
     "Pairs are split for a loss of single replies; replies without a partner are refused by a loss of pairs."
     names, wanted = ", ".join(args.loss_type), wants_replies(args)
     alone = {r.label is not None for r in rows}
-    if len(alone) == 2: raise Refusal("some rows are pairs and some single replies with a label: train on one kind at a time")
+    if len(alone) == 2:
+        raise Refusal("some rows are pairs and some single replies with a label: train on one kind at a time")
     if alone == {True} and wanted is False:
-        raise Refusal(f"the rows are single replies with a label, and loss {names} compares the two replies of a pair: use kto, bco, apo_zero_unpaired or aot_unpaired")
+        raise Refusal(f"the rows are single replies with a label, and loss {names} compares the two replies "
+                      "of a pair: use kto, bco, apo_zero_unpaired or aot_unpaired")
     if wanted or alone == {True}:
-        if args.ld_alpha is not None: raise Refusal("ld_alpha compares the lengths of the two replies of a pair: leave it unset for single replies")
-        if args.use_weighting: raise Refusal("use_weighting weighs pairs: leave it unset for single replies")
+        for name, value in dict(ld_alpha=args.ld_alpha, use_weighting=args.use_weighting or None).items():
+            if value is not None: raise Refusal(f"{name} looks at the two replies of a pair: leave it unset for single replies")
     return split_pairs(rows) if wanted and alone == {False} else rows
 
 # %% ../nbs/10_trainer.ipynb #8a2ab0ca
@@ -365,7 +373,8 @@ def reply_inputs(out, batch, ref, column)->dict: # of labelled replies, see `los
 def pair_inputs(out, batch, ref, column)->dict: # of pairs, likewise
     B, like = batch.n_pairs, out.sums
     inputs = dict(policy_chosen_logps=out.chosen, policy_rejected_logps=out.rejected,
-                  chosen_lengths=out.lengths[:B].to(like), rejected_lengths=out.lengths[B:].to(like), offset=column(r.offset for r in batch.rows))
+                  chosen_lengths=out.lengths[:B].to(like), rejected_lengths=out.lengths[B:].to(like),
+                  offset=column(r.offset for r in batch.rows))
     if ref is not None: inputs |= dict(ref_chosen_logps=ref[0].to(like), ref_rejected_logps=ref[1].to(like))
     if "sum_p2" not in out.extras: return inputs
     token = (out.tokens - out.extras["sum_p2"]).detach().to(like.dtype)
@@ -380,7 +389,8 @@ def loss_inputs(
     "What a loss may ask for, and what a row weighs."
     like, make = out.sums, pair_inputs if batch.rows[0].label is None else reply_inputs
     def column(values): return torch.tensor(list(values), dtype=like.dtype, device=like.device)
-    return make(out, batch, ref, column) | dict(weight=column(r.weight for r in batch.rows), real=column(r.id != FILLER for r in batch.rows))
+    both = dict(weight=column(r.weight for r in batch.rows), real=column(r.id != FILLER for r in batch.rows))
+    return make(out, batch, ref, column) | both
 
 # %% ../nbs/10_trainer.ipynb #8c947b5a
 METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
@@ -412,7 +422,8 @@ def reply_metrics(
     sums = dict(pairs=over(real, torch.ones_like(loss)), loss=over(real, inputs["weight"] * loss))
     if "kl" in inputs: sums["kl"] = over(real, inputs["kl"])
     for side, mask in (("chosen", real & (inputs["label"] > 0)), ("rejected", real & (inputs["label"] <= 0))):
-        sums |= {f"counts/{side}": over(mask, torch.ones_like(loss)), f"rewards/{side}": over(mask, reward), f"logps/{side}": over(mask, logps)}
+        columns = dict(counts=torch.ones_like(loss), rewards=reward, logps=logps)
+        sums |= {f"{name}/{side}": over(mask, x) for name, x in columns.items()}
     return sums
 
 def metrics_of(parts:tuple, inputs:dict, means:bool=False)->dict: # name -> sum
@@ -424,7 +435,8 @@ def as_means(
     "From sums to what is logged; a label that did not occur has no mean."
     counts = {k.removeprefix("counts/"): v for k, v in sums.items() if k.startswith("counts/")}
     over = {k: counts.get(k.rpartition("/")[2], sums["pairs"]) for k in sums}
-    means = {k: int(v) if k.startswith("counts/") else v / over[k] for k, v in sums.items() if k != "pairs" and (over[k] or k.startswith("counts/"))}
+    means = {k: v / over[k] for k, v in sums.items() if over[k] and k != "pairs"}
+    means |= {f"counts/{side}": int(v) for side, v in counts.items()}
     if counts and all(counts.values()): means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means
 
@@ -568,7 +580,8 @@ def mismatched(
     for i, r in enumerate(rows):
         before = (rows[i - k] for k in range(1, len(rows)))
         other = next((o for o in before if FILLER not in (o.id, r.id) and o.prompt_ids != r.prompt_ids), None)
-        found.append(other and dataclasses.replace(r, chosen_ids=other.chosen_ids[:most and most - len(r.prompt_ids)], id=f"{r.id} with the reply of {other.id}"))
+        found.append(other and dataclasses.replace(r, id=f"{r.id} with the reply of {other.id}",
+                                                   chosen_ids=other.chosen_ids[:most and most - len(r.prompt_ids)]))
     return found
 
 # %% ../nbs/10_trainer.ipynb #9c4d86ee
@@ -637,15 +650,21 @@ class ProbeTrainer(TableTrainer):
 
     def start_probe(self):
         "Ask for the first time, and whenever the reference was meant to move."
-        self.voice = self.voice or self.reference
-        if self.mode == "cached" and self.ref_model is not None: self.voice = FrozenReference(self.ref_model.to(self.args.device) if not hasattr(self.ref_model, "quantization_method") else self.ref_model)
-        elif self.mode == "cached" and hasattr(self.model, "peft_config") and not self.sharded and self.voice is self.reference: self.voice = AdapterOff(self.model)
+        self.voice = self.voice or (self.who_computes() if self.mode == "cached" else self.reference)
         self.probe = self.ask_again()
+
+    def who_computes(self):
+        "Behind a table: the model that was read, where it is still at hand; else the table itself."
+        ref = self.ref_model
+        if ref is not None and next(ref.parameters()).device == self.args.device: return FrozenReference(ref)
+        tuned = ref is None and hasattr(self.model, "peft_config") and not self.sharded
+        return AdapterOff(self.model) if tuned else self.reference
 
     def ask_again(self)->Tensor|None: # nat, (2, rows)
         "What the reference says of the first rows."
         if self.voice is None: return None
-        with self.accelerator.autocast(): said = [torch.stack(self.voice.logps(p.to(self.args.device))) for p in self.pieces(self.rows[:4])]
+        pieces = [p.to(self.args.device) for p in self.pieces(self.rows[:4])]
+        with self.accelerator.autocast(): said = [torch.stack(self.voice.logps(p)) for p in pieces]
         return torch.cat(said, 1)
 
 # %% ../nbs/10_trainer.ipynb #5ea0516a
@@ -656,7 +675,8 @@ class StillTrainer(ProbeTrainer):
         if self.probe is None: return
         gap, least = (self.ask_again() - self.probe).abs().max(), 0. if self.args.device.type == "cpu" else 1e-3
         if self.add_up([(~(gap <= least)).double()])[0]:
-            raise Refusal(f"step {self.state.global_step}: the reference ({self.mode}) has moved by {gap.item():.2g} nat since the run began; nothing was saved", 3)
+            raise Refusal(f"step {self.state.global_step}: the reference ({self.mode}) has moved by "
+                          f"{gap.item():.2g} nat since the run began; nothing was saved", 3)
 
     def _save_checkpoint(self, model, trial):
         self.check_reference()
@@ -730,7 +750,8 @@ class BaselineTrainer(GatherTrainer):
         every, _ = self.collect(self.even(pieces or self.pieces([self.filler])))
         self.model.train(was)
         here = every["real"] > 0
-        return self.baseline(every["policy_logps"][here], every["ref_logps"][here]) if here.any() else every["real"].new_zeros(())
+        if not here.any(): return every["real"].new_zeros(())
+        return self.baseline(every["policy_logps"][here], every["ref_logps"][here])
 
     def step_mismatches(self, batches:list)->list:
         "Of the rows of a step, over all processes in their order, this process's with other replies, by batch."
@@ -792,9 +813,10 @@ def running_sums(
 )->dict:            # name -> sum over its rows, and `rows`, how many
     "What running means are made of: gaps (nat) and rewards (log-odds)."
     real, found = inputs["real"] > 0, {}
+    def ratio(side): return inputs[f"policy{side}_logps"] - inputs[f"ref{side}_logps"]
     for l in map(get_loss, args.loss_type):
-        if "gap_mean" in l.needs: found["gap_mean"] = (inputs["policy_chosen_logps"] - inputs["ref_chosen_logps"]) - (inputs["policy_rejected_logps"] - inputs["ref_rejected_logps"])
-        if "reward_mean" in l.needs: found["reward_mean"] = settings_of(l, args)["beta"] * (inputs["policy_logps"] - inputs["ref_logps"])
+        if "gap_mean" in l.needs: found["gap_mean"] = ratio("_chosen") - ratio("_rejected")
+        if "reward_mean" in l.needs: found["reward_mean"] = settings_of(l, args)["beta"] * ratio("")
     return {k: torch.where(real, v.detach(), 0.).double().sum() for k, v in found.items()} | dict(rows=real.double().sum())
 
 class RunningTrainer(BackwardTrainer):
@@ -804,7 +826,8 @@ class RunningTrainer(BackwardTrainer):
         if not self.fresh: return
         names = list(self.fresh[0])
         sums = dict(zip(names, self.add_up([sum(f[k] for f in self.fresh) for k in names])))
-        self.running.update(**{k: torch.tensor(v / sums["rows"], dtype=torch.float64) for k, v in sums.items() if k != "rows"})
+        n = sums.pop("rows")
+        self.running.update(**{k: torch.tensor(v / n, dtype=torch.float64) for k, v in sums.items()})
         self.fresh = []
 
 # %% ../nbs/10_trainer.ipynb #e367830f
@@ -1115,7 +1138,8 @@ def check_arguments(args, train_dataset, **given)->None:
     if args.n_gpu > 1: raise Refusal(f"{args.n_gpu} devices in one process: start with accelerate launch, or show one device by CUDA_VISIBLE_DEVICES")
     one = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size == 1
     if one and any(l.baseline and not l.paired for l in map(get_loss, args.loss_type)):
-        raise Refusal(f"loss {', '.join(args.loss_type)} measures a reply against those to other prompts in its step, and a step of one has none: raise per_device_train_batch_size or gradient_accumulation_steps")
+        raise Refusal(f"loss {', '.join(args.loss_type)} measures a reply against those to other prompts in its step, and "
+                      "a step of one has none: raise per_device_train_batch_size or gradient_accumulation_steps")
     if not args.disable_dropout and any(get_loss(n).batch_dependent for n in args.loss_type):
         raise Refusal(f"loss {', '.join(args.loss_type)} is read twice a step, which dropout would make two different readings: leave disable_dropout on")
 
@@ -1128,7 +1152,8 @@ class EncodedTrainer(ModelCardTrainer):
         limit = max(args.max_steps, 0) * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         read, self.counts["train"] = prepare_rows(train, tokenizer, args, limit, load_any)
         rows = fit_rows(read, args)
-        self.split = None if rows is read else f"each pair is read as two labelled replies: loss {', '.join(args.loss_type)} looks at one reply at a time"
+        said = f"each pair is read as two labelled replies: loss {', '.join(args.loss_type)} looks at one reply at a time"
+        self.split = None if rows is read else said
         check_columns(rows, args)
         if evals is None: return rows, None
         sets = evals if isinstance(evals, dict) else {"": evals}
