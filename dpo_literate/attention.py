@@ -35,6 +35,7 @@ def attend_pair(
     "Attention of prompt, chosen, rejected in one row: formula (7a.1) without its mask."
     def skip(x): return torch.cat((x[:, :, :P], x[:, :, P + C:]), 2)   # without the chosen reply
     first = attend(*(x[:, :, :P + C] for x in (query, key, value)), **rest)
+    if P + C == query.shape[2]: return first                     # a reply alone
     second = attend(query[:, :, P + C:], skip(key), skip(value), **rest)
     return torch.cat((first, second), 2)
 

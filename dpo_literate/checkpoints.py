@@ -8,8 +8,8 @@ __all__ = ['log', 'MANIFEST', 'FIXED', 'CONTRACT', 'fsync', 'fingerprint', 'rend
            'rotate', 'discard', 'pack', 'unpack', 'check_finite', 'save_state', 'load_state', 'load_optimizer',
            'rng_state', 'set_rng_state', 'save_weights', 'load_weights', 'load_adapters', 'state_bytes',
            'predicted_bytes', 'state_share', 'started', 'RunLock', 'alone', 'Stopped', 'signals', 'append_line',
-           'tokenizer_hash', 'disagreements', 'RunContract', 'SavesCheckpoints', 'ChecksSpace', 'export',
-           'LoadsCheckpoints', 'Keeper', 'SafeCheckpoints']
+           'tokenizer_hash', 'disagreements', 'RunContract', 'FillsCheckpoints', 'SavesCheckpoints', 'ChecksSpace',
+           'export', 'LoadsCheckpoints', 'Keeper', 'Ranks', 'FindsCheckpoints', 'SafeCheckpoints']
 
 # %% ../nbs/09a_checkpoints.ipynb #bef1d58f
 import contextlib, fcntl, hashlib, inspect, json, logging, math, os, random, re, shutil, signal, socket, tempfile, threading
@@ -502,27 +502,9 @@ class RunContract:
         for k, (a, b) in newer.items(): log.warning(f"{folder} was saved with {k} {a}, this is {b}: the last bits may differ")
         self.changes = manifest["changes"] + [dict(step=manifest["step"], what=k, was=a, now=b) for k, (a, b) in (differs | newer).items()]
 
-# %% ../nbs/09a_checkpoints.ipynb #cc73038c
-class SavesCheckpoints(RunContract):
-    "The half that writes."
-    def _save_checkpoint(self, model, trial):
-        "Called by `transformers.Trainer` when it is time."
-        self.store_flos()
-        out, step = Path(self._get_output_dir(trial=trial)), self.state.global_step
-        folder, best = out / f"checkpoint-{step}", out / f"checkpoint-{self.state.best_global_step}"
-        if best == folder or best.is_dir(): self.state.best_model_checkpoint = str(best)
-        rng = gather_object([rng_state()]) if self.args.world_size > 1 else [rng_state()]
-        extra = self.extra_state()
-        def write():
-            if folder.exists(): return
-            needed = self.check_space()
-            write_folder_atomic(folder, lambda beside: self.fill(beside, rng, extra), needed, step=step,
-                                identity=self.known, versions=versions(), changes=list(self.changes))
-            rotate(out, self.args.save_total_limit, self.state.best_model_checkpoint)
-            append_line(out / "log.jsonl", {"saved": step})
-        self.on_main(write)
-        if self.args.push_to_hub: self._push_from_checkpoint(str(folder))
-
+# %% ../nbs/09a_checkpoints.ipynb #9373deb6
+class FillsCheckpoints(RunContract):
+    "What stands in a checkpoint."
     def fill(self, folder:Path, rng:list, extra:dict)->None:
         "Write the files of a checkpoint."
         save_weights(self.bare_model(), folder)
@@ -543,6 +525,27 @@ class SavesCheckpoints(RunContract):
         return {name: states[0] if len(states) == 1 else states for name, states in found.items()}
 
     def bare_model(self)->nn.Module: return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+# %% ../nbs/09a_checkpoints.ipynb #cc73038c
+class SavesCheckpoints(FillsCheckpoints):
+    "The half that writes."
+    def _save_checkpoint(self, model, trial):
+        "Called by `transformers.Trainer` when it is time."
+        self.store_flos()
+        out, step = Path(self._get_output_dir(trial=trial)), self.state.global_step
+        folder, best = out / f"checkpoint-{step}", out / f"checkpoint-{self.state.best_global_step}"
+        if best == folder or best.is_dir(): self.state.best_model_checkpoint = str(best)
+        rng = gather_object([rng_state()]) if self.args.world_size > 1 else [rng_state()]
+        extra = self.extra_state()
+        def write():
+            if folder.exists(): return
+            needed = self.check_space()
+            write_folder_atomic(folder, lambda beside: self.fill(beside, rng, extra), needed, step=step,
+                                identity=self.known, versions=versions(), changes=list(self.changes))
+            rotate(out, self.args.save_total_limit, self.state.best_model_checkpoint)
+            append_line(out / "log.jsonl", {"saved": step})
+        self.on_main(write)
+        if self.args.push_to_hub: self._push_from_checkpoint(str(folder))
 
 # %% ../nbs/09a_checkpoints.ipynb #30ea6df3
 class ChecksSpace(SavesCheckpoints):
@@ -642,31 +645,31 @@ class Keeper(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if args.process_index == 0: append_line(Path(args.output_dir) / "log.jsonl", {"step": state.global_step, **(logs or {})})
 
-# %% ../nbs/09a_checkpoints.ipynb #e7bed4f4
-class SafeCheckpoints(ChecksSpace, LoadsCheckpoints):
-    "Checkpoints that are complete or absent; goes before `transformers.Trainer` in a class's bases."
+# %% ../nbs/09a_checkpoints.ipynb #8db6d9bb
+class Ranks(ChecksSpace, LoadsCheckpoints):
+    "What all processes do alike."
     stop_signal, stepping = None, False
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        "Train under a lock, from a verified checkpoint, until the end or a signal."
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded and (resume_from_checkpoint or self.args.save_strategy != "no"):
-            raise Refusal("a sharded optimizer cannot be saved here yet: use save_strategy='no', DDP or one process")
-        if isinstance(resume_from_checkpoint, (str, Path)): self.on_main(lambda: verify(resume_from_checkpoint))
-        out, self.stop_signal, self.resumed, self.changes = Path(self.args.output_dir), None, None, []
-        lock = RunLock(out)
-        self.on_main(lock.take)
-        try:
-            with signals(self):
-                folder = self.on_main(lambda: self.find_checkpoint(resume_from_checkpoint))
-                self.start_from(folder)
-                result = super().train(folder, *args, **kwargs)
-        finally:
-            self.stepping = False
-            if self.args.process_index == 0: lock.release()
-        if self.stop_signal: raise Stopped(128 + self.stop_signal)
-        return result
+    def someone_stopped(self)->bool:
+        "Whether any rank got a signal: all must stop after the same step."
+        if self.args.world_size > 1:
+            numbers = self.accelerator.gather(torch.tensor([self.stop_signal or 0], device=self.args.device))
+            self.stop_signal = int(numbers.max()) or None
+        return bool(self.stop_signal)
 
+    def on_main(self, action):
+        "Do it on rank 0; every rank gets the result, or the refusal."
+        said = [None, None]
+        if self.args.process_index == 0:
+            try: said[0] = action()
+            except Refusal as no: said[1] = (str(no), no.code)
+        if self.args.world_size > 1: broadcast_object_list(said)
+        if said[1]: raise Refusal(*said[1])
+        return said[0]
+
+# %% ../nbs/09a_checkpoints.ipynb #526d594d
+class FindsCheckpoints(Ranks):
+    "Where a run starts."
     def find_checkpoint(self, resume)->str|None:
         "None or False: start anew. True: the newest that is whole. A path: that one."
         out = Path(self.args.output_dir)
@@ -691,22 +694,28 @@ class SafeCheckpoints(ChecksSpace, LoadsCheckpoints):
             if self.args.process_index == 0: append_line(Path(out) / "log.jsonl", {"resumed_from": step})
         if not any(isinstance(c, Keeper) for c in self.callback_handler.callbacks): self.add_callback(Keeper(self))
 
-    def someone_stopped(self)->bool:
-        "Whether any rank got a signal: all must stop after the same step."
-        if self.args.world_size > 1:
-            numbers = self.accelerator.gather(torch.tensor([self.stop_signal or 0], device=self.args.device))
-            self.stop_signal = int(numbers.max()) or None
-        return bool(self.stop_signal)
-
-    def on_main(self, action):
-        "Do it on rank 0; every rank gets the result, or the refusal."
-        said = [None, None]
-        if self.args.process_index == 0:
-            try: said[0] = action()
-            except Refusal as no: said[1] = (str(no), no.code)
-        if self.args.world_size > 1: broadcast_object_list(said)
-        if said[1]: raise Refusal(*said[1])
-        return said[0]
+# %% ../nbs/09a_checkpoints.ipynb #e7bed4f4
+class SafeCheckpoints(FindsCheckpoints):
+    "Checkpoints that are complete or absent; goes before `transformers.Trainer` in a class's bases."
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        "Train under a lock, from a verified checkpoint, until the end or a signal."
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded and (resume_from_checkpoint or self.args.save_strategy != "no"):
+            raise Refusal("a sharded optimizer cannot be saved here yet: use save_strategy='no', DDP or one process")
+        if isinstance(resume_from_checkpoint, (str, Path)): self.on_main(lambda: verify(resume_from_checkpoint))
+        out, self.stop_signal, self.resumed, self.changes = Path(self.args.output_dir), None, None, []
+        lock = RunLock(out)
+        self.on_main(lock.take)
+        try:
+            with signals(self):
+                folder = self.on_main(lambda: self.find_checkpoint(resume_from_checkpoint))
+                self.start_from(folder)
+                result = super().train(folder, *args, **kwargs)
+        finally:
+            self.stepping = False
+            if self.args.process_index == 0: lock.release()
+        if self.stop_signal: raise Stopped(128 + self.stop_signal)
+        return result
 
     def _run_epoch(self, *args, **kwargs):
         "A finished run takes no further step when it is taken up again."

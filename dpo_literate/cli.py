@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'OWN', 'check_data', 'losses', 'quiet', 'demo', 'complain', 'as_arguments', 'read_recipe', 'Strict',
-           'read_settings', 'train_options', 'rows_of', 'train', 'make_trainer', 'finish_training', 'settings_help',
-           'parser', 'add_demo', 'add_train', 'add_reward_train', 'later', 'add_ppo', 'add_frontier', 'add_probe',
-           'main']
+           'read_settings', 'train_options', 'rows_of', 'train', 'make_trainer', 'measured', 'in_a_line',
+           'finish_training', 'settings_help', 'parser', 'add_demo', 'add_train', 'add_reward_train', 'later',
+           'add_ppo', 'add_frontier', 'add_probe', 'add_attack', 'main']
 
 # %% ../nbs/11a_cli.ipynb #8e48080d
 import argparse, ast, dataclasses, difflib, os, signal, sys, time
@@ -16,9 +16,9 @@ from pathlib import Path
 def check_data(
     args:argparse.Namespace, # `file`, `split`, `model`, `control_text`
 )->int:                      # 0, or 2 where training would refuse the file
-    "Count the pairs of a file by class, with the place of each problem."
-    from dpo_literate.preferences import check_preferences, load_preferences
-    pairs, tokenizer = load_preferences(args.file, args.split), None
+    "Count the rows of a file by class, with the place of each problem."
+    from dpo_literate.preferences import check_preferences, load_any
+    pairs, tokenizer = load_any(args.file, args.split), None
     if args.model:
         from dpo_literate.models import load_tokenizer
         tokenizer = load_tokenizer(args.model)
@@ -65,9 +65,8 @@ def complain(
     message:str, # one sentence
 )->None:
     "One line on stderr, control characters made visible."
-    safe = "".join(ch if ch.isprintable() else ch.encode("unicode_escape", "surrogatepass").decode()
-                   for ch in str(message))
-    print(safe, file=sys.stderr)
+    from dpo_literate.preferences import inert
+    print(inert(message), file=sys.stderr)
 
 # %% ../nbs/11a_cli.ipynb #211cdce8
 def as_arguments(
@@ -154,12 +153,13 @@ def rows_of(
     source, own:dict, settings:dict, # a file; options of `train`; settings of the trainer
     tokenizer,
 )->tuple:                            # rows, and what became of the pairs
-    "Pairs of a file, checked and encoded."
-    from dpo_literate.preferences import as_chat, check_preferences, load_preferences
+    "Pairs or labelled replies of a file, checked and encoded."
+    from dpo_literate.preferences import as_chat, check_preferences, load_any
     from dpo_literate.rows import encode_pairs
-    pairs = load_preferences(source)
+    pairs = load_any(source)
     audit = check_preferences(pairs, tokenizer)
-    audit.refuse(("identical",) if own["identical"] == "drop" else ())
+    allowed = {"identical": own["identical"] == "drop", "one class": source == own.get("eval_data")}
+    audit.refuse([name for name, may in allowed.items() if may])
     spelled = audit.found["control text"]
     if spelled and own["control_text"] != "text":
         from dpo_literate.results import Refusal
@@ -217,23 +217,33 @@ def make_trainer(own:dict, settings:dict, tokenizer, rows:list, held:list):
     return trainer
 
 # %% ../nbs/11a_cli.ipynb #8869e826
+def measured(trainer, held:list)->dict: # figures of the held-out rows
+    "What came out on rows that were not trained on; labelled replies have no accuracy."
+    if not held: return {}
+    e = trainer.evaluate()
+    names = dict(accuracy="rewards/accuracies", margin="rewards/margins", eval_loss="loss")
+    return dict(held_out=len(held)) | {k: e[f"eval_{v}"] for k, v in names.items() if f"eval_{v}" in e}
+
+def in_a_line(found:dict, out:str, what:str)->str: # of `finish_training`
+    "The result of a run in one sentence."
+    said = f", accuracy {found['accuracy']:.1%}" if "accuracy" in found else f", margin {found['margin']:.3f}" if "margin" in found else ""
+    tail = f"{said} on {found['held_out']} held-out {what}" if said else ""
+    return f"{found['steps']} steps on {found['pairs']} {what}: loss {found['first_loss']:.3f} to {found['last_loss']:.3f}{tail}; saved in {out}"
+
+# %% ../nbs/11a_cli.ipynb #8869e827
 def finish_training(trainer, own:dict, rows:list, held:list, counts, started:float)->int:
     "Train, save, report."
     import json
     from dpo_literate.results import write_atomic, to_json
     trainer.train(resume_from_checkpoint=True if own["resume"] and any(Path(own["out"]).glob("checkpoint-*")) else None)
     trainer.save_model(own["out"])
-    log = [h for h in trainer.state.log_history if "rewards/margins" in h]
+    log = [h for h in trainer.state.log_history if "num_tokens" in h]
     found = dict(steps=trainer.state.global_step, pairs=len(rows), rows=str(counts), first_loss=log[0]["loss"], last_loss=log[-1]["loss"])
-    if held:
-        e = trainer.evaluate()
-        found |= dict(held_out=len(held), accuracy=e["eval_rewards/accuracies"], margin=e["eval_rewards/margins"], eval_loss=e["eval_loss"])
-    found["seconds"] = time.perf_counter() - started
+    found |= measured(trainer, held) | dict(seconds=time.perf_counter() - started)
     write_atomic(Path(own["out"]) / "result.json", to_json(found | dict(log=log)))
     card = Path(own["out"]) / "run_card.json"
     write_atomic(card, to_json(json.loads(card.read_text()) | dict(command=own, pairs=dict(read=counts.rows_in, **counts.by))))
-    tail = f", accuracy {found['accuracy']:.1%} on {len(held)} held-out pairs" if held else ""
-    print(f"{found['steps']} steps on {len(rows)} pairs: loss {found['first_loss']:.3f} to {found['last_loss']:.3f}{tail}; saved in {own['out']}")
+    print(in_a_line(found, own["out"], "pairs" if rows[0].label is None else "replies"))
     return 0
 
 # %% ../nbs/11a_cli.ipynb #d770418b
@@ -254,9 +264,9 @@ def parser()->argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dpo-literate", description="Direct Preference Optimization, step by step.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_demo(commands.add_parser("demo", help="align a real model and measure it: the experiment of page 11"))
-    add_train(commands.add_parser("train", help="train a model on a file of pairs", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False))
-    check = commands.add_parser("check-data", help="count the pairs of a file and name each problem's line")
-    check.add_argument("file", help="a file or folder of pairs")
+    add_train(commands.add_parser("train", help="train a model on a file of pairs, or of labelled replies", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False))
+    check = commands.add_parser("check-data", help="count the rows of a file and name each problem's line")
+    check.add_argument("file", help="a file or folder of pairs, or of labelled replies")
     check.add_argument("--split", help="which split, where there are several")
     check.add_argument("--model", help="look for this model's control tokens too: \"bundled\", a folder or a hub name")
     check.add_argument("--control-text", default="refuse", choices=["refuse", "text"], help="as for train (refuse)")
@@ -266,17 +276,18 @@ def parser()->argparse.ArgumentParser:
     add_ppo(commands.add_parser("ppo", help="train a policy by PPO on a reward"))
     add_frontier(commands.add_parser("frontier", help="reward against KL for DPO, PPO, SFT, unlikelihood and best-of-n"))
     add_probe(commands.add_parser("probe", help="hold an aligned model against its start: style, refusal, displacement, honesty"))
+    add_attack(commands.add_parser("attack", help="how often a model obeys what a stranger wrote into its data"))
     return top
 
 # %% ../nbs/11a_cli.ipynb #34054eff
 def add_demo(p:argparse.ArgumentParser)->None:
     "Arguments of `demo`."
     p.add_argument("--model", help="\"bundled\" (SmolLM2-135M-Instruct), a folder or a hub name")
-    p.add_argument("--prompts", help="a file of prompts: .txt, one a line, or .jsonl with \"prompt\"; every fourth is held out")
-    p.add_argument("--pairs", help="align on this file of pairs instead of sampling them")
+    p.add_argument("--prompts", help="a file of prompts: .txt, one a line, .jsonl with \"prompt\", or a file of pairs; every fourth is held out")
+    p.add_argument("--pairs", help="align on this file of pairs instead of sampling them; it is refused as by train")
     p.add_argument("--reward", help="vader, or module:function with (prompts, replies) -> numbers")
     p.add_argument("--out", help="folder of the report (runs/demo)")
-    for name, text in dict(beta="tie to the reference (0.1)", epochs="passes over the pairs", learning_rate="peak learning rate of the adapter",
+    for name, text in dict(beta="tie to the reference (0.1)", epochs="passes over the pairs", learning_rate="peak learning rate of the adapter (2e-4)",
                            temperature="of sampling").items(): p.add_argument(f"--{name.replace('_', '-')}", type=float, help=text)
     for name, text in dict(seed="of everything random (0)", per_prompt="replies to a prompt (4)", limit="most tokens of a reply",
                            batch="pairs of an optimizer step", lora_r="rank of the adapter").items(): p.add_argument(f"--{name.replace('_', '-')}", type=int, help=text)
@@ -286,7 +297,7 @@ def add_demo(p:argparse.ArgumentParser)->None:
 def add_train(p:argparse.ArgumentParser)->None:
     "Arguments of `train`; those of `DPOConfig` are read when it runs."
     p.add_argument("--model", help="\"bundled\", a folder or a hub name")
-    p.add_argument("--data", help="a file or folder of pairs")
+    p.add_argument("--data", help="a file or folder of pairs, or of labelled replies (prompt, completion, label)")
     p.add_argument("--out", help="where the model goes: a new or empty folder")
     p.add_argument("--config", help="a recipe: any of these settings in YAML; the command line wins over it")
     p.add_argument("--eval-data", help="pairs to measure on")
@@ -336,10 +347,11 @@ def add_ppo(p:argparse.ArgumentParser)->None:
 # %% ../nbs/11a_cli.ipynb #91d2fb43
 def add_frontier(p:argparse.ArgumentParser)->None:
     "Arguments of `frontier`, page 13; what is not given is as in `FrontierConfig`."
-    p.add_argument("--prompts", required=True, help="a file of prompts; a share is held out")
+    p.add_argument("--prompts", help="a file of prompts, a share of which is held out (those of page 11)")
     p.add_argument("--out", required=True, dest="output", help="a folder of cells, gone on with where it stopped")
     p.add_argument("--methods", nargs="+", help="of dpo, ppo_true, ppo_learned, sft, unlikelihood, best_of_n (all)")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    p.add_argument("--minutes", type=float, help="begin no further cell after so long (no limit)")
     for name in ("model", "reward"): p.add_argument(f"--{name}")
     for name in ("rank", "epochs", "per_prompt", "max_new_tokens", "batch_size"): p.add_argument(f"--{name.replace('_', '-')}", type=int)
     p.set_defaults(run=lambda args: later("frontier", "main_frontier", args))
@@ -355,6 +367,20 @@ def add_probe(p:argparse.ArgumentParser)->None:
     p.add_argument("--quick", action="store_true", help="fewer items, wider intervals")
     p.add_argument("--seed", type=int, default=0, help="of what a probe draws (0)")
     p.set_defaults(run=lambda args: later("probes.report", "main_probe", args))
+
+# %% ../nbs/11a_cli.ipynb #c7d0a54e
+def add_attack(p:argparse.ArgumentParser)->None:
+    "Arguments of `attack`, page 22."
+    p.add_argument("--model", required=True, help="\"bundled\", a folder or a hub name")
+    p.add_argument("--tasks", help=".jsonl with instruction, input, output (those of page 22)")
+    p.add_argument("--out", required=True, help="a new folder for attack.md and attack.json")
+    p.add_argument("--defence", default="none", help="in the prompt: none, instructional, reminder, sandwich or isolation (none)",
+                   choices=["none", "instructional", "reminder", "sandwich", "isolation"])
+    p.add_argument("--raw", action="store_true", help="no front end: slots joined into one string")
+    for name, default, text in (("first", None, "only so many tasks (all)"), ("limit", 12, "most tokens of a reply (12)"), ("seed", 0, "of the attacker (0)"),
+                                ("gcg", 0, "tasks attacked by GCG as well (0)"), ("gcg_steps", 12, "its steps (12)")):
+        p.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=text)
+    p.set_defaults(run=lambda args: later("secalign", "main_attack", args))
 
 # %% ../nbs/11a_cli.ipynb #6085b613
 def main(

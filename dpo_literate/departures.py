@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['softmax_rest', 'sft_loss', 'slic_loss', 'cpo_loss', 'log_odds_of', 'orpo_loss', 'unlikelihood_loss', 'wpo_loss',
-           'beta_dpo_loss', 'keep_usual', 'odpo_offset', 'aot_loss', 'aot_unpaired_loss', 'kto_kl', 'by_label',
-           'kto_loss', 'apo_zero_unpaired_loss', 'bco_loss', 'kto_pair_loss', 'Baselines', 'rpo_loss', 'mpo_loss']
+           'beta_dpo_loss', 'keep_usual', 'odpo_offset', 'aot_loss', 'coupled', 'aot_unpaired_loss', 'kto_kl',
+           'by_label', 'kto_loss', 'apo_zero_unpaired_loss', 'bco_loss', 'kto_pair_loss', 'Baselines', 'rpo_loss',
+           'mpo_loss']
 
 # %% ../nbs/20a_departures.ipynb #54e47a6a
 import math
@@ -125,7 +126,7 @@ def wpo_loss(
 
 # %% ../nbs/20a_departures.ipynb #8838a4f2
 @register_loss("beta_dpo", title="β-DPO", source="arXiv:2407.08639", batch_dependent=True,
-    formula=r"-\log\sigma(\beta\Delta),\ \beta=\beta_0(1+a(\overline{\Delta}-\Delta_0))", at_init=lambda **_: math.log(2),
+    running=lambda: Baselines(), formula=r"-\log\sigma(\beta\Delta),\ \beta=\beta_0(1+a(\overline{\Delta}-\Delta_0))", at_init=lambda **_: math.log(2),
     slope=lambda beta=.1, **_: (-beta / 2, beta / 2), optimum=lambda p, **_: log_odds(p),
     relations=("level", "ratio", "monotone"))
 def beta_dpo_loss(
@@ -180,18 +181,27 @@ def aot_loss(
     return torch.zeros_like(loss).scatter(-1, order, loss), w, l  # each pair its own share
 
 # %% ../nbs/20a_departures.ipynb #d503c658
-@register_loss("aot_unpaired", title="AOT, unpaired", source="arXiv:2406.05882", batch_dependent=True,
+def coupled(
+    n:int, m:int, # how many chosen, how many rejected
+)->tuple[Tensor,Tensor,Tensor]: # places in both sorted heaps, share of a chosen reply, (≤ n+m−1,) each
+    "Which reply of one sorted heap stands against which of the other."
+    edges = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()   # levels, of n·m
+    return (edges - 1) // m, (edges - 1) // n, edges.diff(prepend=edges.new_zeros(1)).double() / m
+
+@register_loss("aot_unpaired", title="AOT, unpaired", source="arXiv:2406.05882", batch_dependent=True, heaps=True,
     formula=r"-\log\sigma\big(\beta(\mathrm{sort}(u_w)-\mathrm{sort}(u_l))\big)", at_init=lambda **_: math.log(2),
     slope=lambda beta=.01, label_smoothing=0., **_: (-beta * (.5 - label_smoothing), beta * (.5 - label_smoothing)),
     optimum=lambda p, **_: math.inf,
     relations=("ratio", "units", "monotone"))
 def aot_unpaired_loss(
-    chosen_logratio:Tensor, rejected_logratio:Tensor, # log π_θ − log π_ref (nat), shape (B,)
+    chosen_logratio:Tensor, rejected_logratio:Tensor, # log π_θ − log π_ref (nat), shape (B,), or of any two lengths
     beta:float=0.01, label_smoothing:float=0.,
 )->tuple[Tensor,Tensor,Tensor]: # loss, chosen reward, rejected reward, all (B,)
     "First-order dominance of chosen over rejected rewards (arXiv:2406.05882)."
-    w, order = chosen_logratio.sort()
-    loss = _smoothed(beta * (w - rejected_logratio.sort().values), label_smoothing)
+    (w, order), l = chosen_logratio.sort(), rejected_logratio.sort().values
+    i, j, share = (x.to(w.device) for x in coupled(w.shape[-1], l.shape[-1]))
+    each = share.to(w) * _smoothed(beta * (w[..., i] - l[..., j]), label_smoothing)
+    loss = torch.zeros_like(w).index_add(-1, i, each)
     return torch.zeros_like(loss).scatter(-1, order, loss), *rewards(chosen_logratio, rejected_logratio, beta)
 
 # %% ../nbs/20a_departures.ipynb #e58429ad
@@ -205,7 +215,7 @@ def kto_kl(
 def by_label(label, good, bad): return torch.where(label.bool(), good, bad)
 
 # %% ../nbs/20a_departures.ipynb #ae378a5a
-@register_loss("kto", title="KTO", source="arXiv:2402.01306",
+@register_loss("kto", title="KTO", source="arXiv:2402.01306", baseline=kto_kl,
     formula=r"\lambda_D\sigma(\beta(z_0-u))\ \text{or}\ \lambda_U\sigma(\beta(u-z_0))",
     at_init=lambda desirable_weight=1., undesirable_weight=1., **_: desirable_weight / 2 if desirable_weight == undesirable_weight else None,
     slope=lambda beta=.1, desirable_weight=1., undesirable_weight=1., **_: (-beta * desirable_weight / 4, beta * undesirable_weight / 4),
@@ -235,7 +245,7 @@ def apo_zero_unpaired_loss(
     return kto_loss(logratio, label, torch.zeros_like(logratio), beta)
 
 # %% ../nbs/20a_departures.ipynb #b0dd6586
-@register_loss("bco", title="BCO, running mean", source="arXiv:2404.04656",
+@register_loss("bco", title="BCO, running mean", source="arXiv:2404.04656", running=lambda: Baselines(),
     formula=r"-\log\sigma(\pm(\hat r-\delta))", at_init=lambda **_: math.log(2),
     slope=lambda beta=.01, **_: (-beta / 2, beta / 2),
     optimum=lambda p, **_: (log_odds(p), -log_odds(p)),

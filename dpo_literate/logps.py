@@ -86,6 +86,8 @@ def pad_rows(
     "Each reply in a row of its own, behind its own copy of the prompt."
     replies = [(r.prompt_ids, r.chosen_ids, r.chosen_weights) for r in rows]
     replies += [(r.prompt_ids, r.rejected_ids, r.rejected_weights) for r in rows]
+    there = [i for i, (_, reply, _) in enumerate(replies) if reply]   # a reply alone has no second row
+    B, replies = len(rows), [replies[i] for i in there]
     T = max(len(prompt) + len(reply) for prompt, reply, _ in replies)
     ids = torch.full((len(replies), T), pad_id)
     keep = torch.zeros_like(ids)
@@ -94,8 +96,9 @@ def pad_rows(
         ids[i, :n], keep[i, :n] = torch.tensor(prompt + reply), 1
     positions = torch.arange(T).expand_as(ids) * keep
     segments = keep * torch.arange(1, len(ids) + 1)[:, None]
-    return Batch(ids, positions, segments, keep, *scored(replies, T),
-                 n_pairs=len(rows), rows=list(rows))
+    at, targets, owner, weights = scored(replies, T)
+    return Batch(ids, positions, segments, keep, at, targets, torch.tensor(there)[owner],
+                 weights, n_pairs=B, rows=list(rows))
 
 # %% ../nbs/07_logps.ipynb #be687026
 @dataclass

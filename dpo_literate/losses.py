@@ -117,6 +117,9 @@ class LossRecord:
     batch_dependent:bool=False   # do the pairs of a batch act on each other?
     quantity:str="sum"           # the log-probability its rewards are made of: "sum" or "mean"
     divergence:bool=False        # may the log-ratio be replaced by (4.5)?
+    heaps:bool=False             # are chosen and rejected two heaps, whoever belongs to whom?
+    running:Callable|None=None   # makes the running means it measures against
+    baseline:Callable|None=None  # log-probs of replies to other prompts, policy's and reference's -> its `kl`
 
 # %% ../nbs/04_losses.ipynb #5d40aa5f
 class Loss(LossRecord):

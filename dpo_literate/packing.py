@@ -27,7 +27,7 @@ def lay_out(
         for side, (y, w) in enumerate(sides):
             b, n, skip = len(ids), len(y), int(P == 0)   # nothing foretells a first token
             ids += y; pos += range(P, P + n); seg += [3*j + 2 + side] * n
-            at += ([] if skip else [start + P - 1]) + list(range(b, b + n - 1))
+            at += [start + P - 1, *range(b, b + n - 1)][skip:n]
             targets += y[skip:]; owner += [j + side * len(rows)] * (n - skip)
             weights += (w or [1.] * n)[skip:]
     weighted = any(r.chosen_weights or r.rejected_weights for r in rows)
@@ -62,7 +62,7 @@ def bins(lengths:list, capacity:int)->list:
 # %% ../nbs/08_packing.ipynb #6d9893ef
 def pack_rows(
     rows:list,                # pairs
-    capacity:int|None=None,   # most tokens in a row; None: 1024, or the longest pair
+    capacity:int|None=None,   # most tokens in a row; None: 2048, or the longest pair
 )->list[Batch]:               # one batch a row
     "Packed, prefix-shared rows; refuses a capacity that a pair does not fit in."
     lengths = [pair_length(r) for r in rows]
@@ -70,7 +70,7 @@ def pack_rows(
     if capacity is not None and capacity < longest:
         raise Refusal(f"capacity {capacity} is smaller than the longest pair ({longest} tokens): "
                       f"raise it to {longest}, or shorten the pair")
-    return [lay_out([rows[i] for i in b]) for b in bins(lengths, capacity or max(1024, longest))]
+    return [lay_out([rows[i] for i in b]) for b in bins(lengths, capacity or max(2048, longest))]
 
 # %% ../nbs/08_packing.ipynb #f0a3d8a7
 def attention_for(

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MAX_LINE', 'READERS', 'COLUMNS', 'OPTIONAL', 'GUESSES', 'ROLES', 'HASHED', 'SINGLE', 'REFUSED', 'WARNED', 'CONTROL',
-           'parse_json', 'read_lines', 'rename', 'extract_prompt', 'canonical', 'row_hash', 'Preferences',
-           'load_preferences', 'load_unpaired', 'text_of', 'Audit', 'check_preferences', 'inert', 'Leakage', 'leakage',
-           'as_chat']
+           'parse_json', 'read_lines', 'rename', 'extract_prompt', 'canonical', 'row_hash', 'Preferences', 'is_single',
+           'texts_of', 'load_preferences', 'canonical_reply', 'load_unpaired', 'load_any', 'text_of', 'Audit',
+           'check_preferences', 'inert', 'Leakage', 'leakage', 'as_chat']
 
 # %% ../nbs/05_preferences.ipynb #4191dd09
-import csv, difflib, gzip, hashlib, itertools, json, math, os, re, stat, unicodedata
+import bisect, csv, difflib, gzip, hashlib, itertools, json, math, os, re, stat, unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from .results import Refusal
@@ -273,6 +273,12 @@ def _number(row, name, where):
                   f"found {str(value)[:40]!r}")
 
 # %% ../nbs/05_preferences.ipynb #20ed0111
+def _whole_characters(out, where):
+    "Refuse text that no file could hold."
+    try: json.dumps(out, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError: raise Refusal(
+        f"{where}: half a character (a lone surrogate)") from None
+
 def _fields(row, where):
     "The columns that carry the pair, each text or a checked copy of its messages."
     whole = isinstance(row.get("chosen"), list) and "prompt" not in row
@@ -287,9 +293,7 @@ def _fields(row, where):
                           "not text or messages")
         is_chat = isinstance(value, list)
         out[name] = _messages(value, where, name) if is_chat else value
-    try: json.dumps(out, ensure_ascii=False, default=str).encode("utf-8")
-    except UnicodeEncodeError: raise Refusal(
-        f"{where}: half a character (a lone surrogate)") from None
+    _whole_characters(out, where)
     return out
 
 # %% ../nbs/05_preferences.ipynb #af62d8d9
@@ -311,9 +315,9 @@ def _as_turns(pair, where):
     return {"prompt": prompt, "chosen": c, "rejected": r}
 
 # %% ../nbs/05_preferences.ipynb #b7131315
-def _check_turns(pair, where):
+def _check_turns(pair, where, replies=("chosen", "rejected")):
     "Refuse a chat whose turns are not question and answer."
-    for name in ("chosen", "rejected"):
+    for name in replies:
         if not pair[name] or pair[name][-1]["role"] != "assistant":
             raise Refusal(f"{where}: {name} must end with an assistant turn")
     if not any(m["role"] == "user" for m in pair["prompt"]):
@@ -369,6 +373,8 @@ class Preferences:
     def __getitem__(self, i): return self.rows[i]
     def __iter__(self): return iter(self.rows)
 
+    @property
+    def unpaired(self): return is_single(self.rows[0])
     @property
     def order_sha256(self): return _hash_of(map(row_hash, self.rows))
     @property
@@ -477,12 +483,24 @@ def _open(source, split):
     raise Refusal(f"cannot read pairs from {type(source).__name__}")
 
 # %% ../nbs/05_preferences.ipynb #37ea5290
-def _shape(row):
-    "Text, messages or nothing, for each of the three columns."
-    kind = lambda v: "messages" if isinstance(v, list) else "text"
-    return tuple(kind(row[k]) if isinstance(row.get(k), (str, list)) else "none"
-                 for k in COLUMNS)
+SINGLE = ("prompt", "completion", "label")
 
+def is_single(
+    row:dict, # under our names
+)->bool:
+    "Is it a reply with a label, and not a pair?"
+    return "chosen" not in row and ("completion" in row or "label" in row)
+
+def texts_of(row)->tuple: # names of its columns that hold text or messages
+    return SINGLE[:2] if is_single(row) else COLUMNS
+
+def _shape(row):
+    "Text, messages or nothing, for each column that carries the row."
+    kind = lambda v: "messages" if isinstance(v, list) else "text"
+    return {k: kind(row[k]) if isinstance(row.get(k), (str, list)) else "none"
+            for k in texts_of(row)}
+
+# %% ../nbs/05_preferences.ipynb #949193d1
 def _file_hashes(files):
     "SHA-256 of each file; no content twice."
     first = {}
@@ -494,28 +512,30 @@ def _file_hashes(files):
     return {path: sha for sha, path in first.items()}
 
 # %% ../nbs/05_preferences.ipynb #537bd9d7
-def _read(rows, columns, make, known):
-    "Every row as a pair; also the names of columns that nothing reads."
+def _read(rows, columns, make):
+    "Every row in canonical form; also the names of columns that nothing reads."
     pairs, ignored, first = [], {}, None
     for where, row in rows:
         if not isinstance(row, dict):
             raise Refusal(f"{where}: a row must be an object with named fields, "
                           f"found {type(row).__name__}")
         row = rename(row, columns)
+        make = make or (canonical_reply if is_single(row) else canonical)
         pairs.append(make(row, where))
         shape = _shape(row)
         first = first or (shape, where)
         if shape != first[0]:
-            raise Refusal(f"{where}: (prompt, chosen, rejected) are {shape}, but "
-                          f"{first[0]} at {first[1]}; one shape per file")
-        ignored.update(dict.fromkeys(k for k in row if k not in (*known, "_where")))
+            raise Refusal(f"{where}: ({', '.join(shape)}) are {tuple(shape.values())}, but "
+                          f"{tuple(first[0].values())} at {first[1]}; one shape per file")
+        known = (*texts_of(row), "label", "_where", *OPTIONAL)
+        ignored.update(dict.fromkeys(k for k in row if k not in known))
     return pairs, list(ignored)
 
 # %% ../nbs/05_preferences.ipynb #c5963c45
-def _load(source, split, columns, make, known):
+def _load(source, split, columns, make=None):
     rows, name, files = _open(source, split)
     hashes = _file_hashes(files)
-    pairs, ignored = _read(rows, columns, make, known)
+    pairs, ignored = _read(rows, columns, make)
     if not pairs: raise Refusal(f"{name}: no rows")
     prefs = Preferences(pairs, name, "", ignored, {"rows": len(pairs)}, hashes)
     shas = list(hashes.values()) or [prefs.order_sha256]
@@ -530,29 +550,52 @@ def load_preferences(
 )->Preferences:             # pairs in canonical form
     "Pairs of a file, or a refusal that names file, line and field."
     if isinstance(source, Preferences): return source
-    return _load(source, split, columns, canonical, COLUMNS + OPTIONAL)
+    return _load(source, split, columns, canonical)
 
 # %% ../nbs/05_preferences.ipynb #833ac6aa
-SINGLE = ("prompt", "completion", "label")
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
 
-def _unpaired(row, where):
-    if any(k not in row for k in SINGLE): _wrong_columns(where, list(row), SINGLE)
+def _label(row, where):
+    "True or false, as a boolean, 0 and 1, or in words."
     label = _LABELS.get(str(row["label"]).lower())
-    if label is None: raise Refusal(f"{where}: label must be true or false, "
-                                    f"found {str(row['label'])[:40]!r}")
-    out = {}
-    for name in SINGLE[:2]:
+    if label is not None: return label
+    raise Refusal(f"{where}: label must be true or false, "
+                  f"found {str(row['label'])[:40]!r}")
+
+def _reply_turns(out, where):
+    "Prompt and completion as messages, the prompt in one of them only."
+    reply = _turn(out["completion"], "assistant")
+    prompt = _turn(out["prompt"], "user") if "prompt" in out else reply[:-1]
+    if "prompt" not in out or reply[:len(prompt)] == prompt: reply = reply[len(prompt):]
+    if not prompt: raise Refusal(f"{where}: completion is one message and there is no "
+                                 "prompt column: nothing stands before the reply")
+    if len(reply) != 1: raise Refusal(f"{where}: a reply is one assistant turn; "
+                                      f"found {len(reply)} messages")
+    return {"prompt": prompt, "completion": reply}
+
+# %% ../nbs/05_preferences.ipynb #833ac6ab
+def canonical_reply(
+    row:dict,  # a row under our names
+    where:str, # file:line
+)->dict:       # prompt, completion, label and what goes with them
+    "One labelled reply, or a refusal that names field and place."
+    whole = isinstance(row.get("completion"), list) and "prompt" not in row
+    need = SINGLE[1:] if whole else SINGLE
+    if any(k not in row for k in need): _wrong_columns(where, list(row), need)
+    out, label = {}, _label(row, where)
+    for name in need[:-1]:
         value = row[name]
-        if not isinstance(value, (str, list)) or not value:
+        if not isinstance(value, (str, list)) or value == []:
             raise Refusal(f"{where}: {name} must be text or messages, not empty")
-        is_chat = isinstance(value, list)
-        out[name] = _messages(value, where, name) if is_chat else value
+        out[name] = _messages(value, where, name) if isinstance(value, list) else value
     if any(isinstance(v, list) for v in out.values()):
-        out = {"prompt": _turn(out["prompt"], "user"),
-               "completion": _turn(out["completion"], "assistant")}
-    more = {k: row[k] for k in ("id", "weight", "tools") if row.get(k) is not None}
-    return {**out, "label": label, "_where": where, **more}
+        out = _reply_turns(out, where)
+        _check_turns(out, where, ("completion",))
+    _whole_characters(out, where)
+    if "margin" in row: raise Refusal(f"{where}: a margin is asked of a pair, not of one reply")
+    more = {k: row[k] for k in OPTIONAL if row.get(k) is not None}
+    numbers = {"weight": _number(row, "weight", where)} if "weight" in more else {}
+    return {**out, "label": label, "_where": where, **more, **numbers}
 
 # %% ../nbs/05_preferences.ipynb #59290522
 def load_unpaired(
@@ -561,15 +604,25 @@ def load_unpaired(
     columns:dict|None=None, # likewise
 )->Preferences:             # single replies with a label
     "Single replies with a label (KTO, arXiv:2402.01306)."
-    return _load(source, split, columns, _unpaired, (*SINGLE, *OPTIONAL))
+    return _load(source, split, columns, canonical_reply)
+
+def load_any(
+    source,                 # as for `load_preferences`
+    split:str|None=None,    # likewise
+    columns:dict|None=None, # likewise
+)->Preferences:             # pairs or labelled replies, see its `unpaired`
+    "Pairs or labelled replies: the first row says which."
+    if isinstance(source, Preferences): return source
+    return _load(source, split, columns)
 
 # %% ../nbs/05_preferences.ipynb #cf316f51
 REFUSED = {"identical": "both replies are the same: the gradient is zero",
            "empty reply": "a reply without text",
            "blank reply": "a reply of blanks only",
-           "empty prompt": "no prompt: the first token may go unscored"}
+           "empty prompt": "no prompt: the first token may go unscored",
+           "one class": "all labels are the same: there is nothing to tell apart"}
 WARNED = {"duplicate": "the same pair again",
-          "contradiction": "the pair and its reverse: they cancel",
+          "contradiction": "the pair and its reverse, or a reply with both labels",
           "control text": "text that looks like a control token; it stays text",
           "long": "a text of more than 100,000 characters"}
 
@@ -583,29 +636,34 @@ def text_of(value)->str:
     return "\n".join(str(m.get("content", "")) for m in value)
 
 def _calls_tool(row):
-    replies = [row[k] for k in ("chosen", "rejected") if isinstance(row[k], list)]
+    replies = [row[k] for k in texts_of(row)[1:] if isinstance(row[k], list)]
     return any(m.get("tool_calls") for reply in replies for m in reply)
 
 # %% ../nbs/05_preferences.ipynb #39e268c3
 def _faults(row, special):
-    "Classes that one pair falls into by itself."
-    x, w, l = (text_of(row[k]) for k in COLUMNS)
+    "Classes that one row falls into by itself."
+    x, *said = (text_of(row[k]) for k in texts_of(row))
     spoken = not _calls_tool(row)
     spells = lambda t: CONTROL.search(t) or any(s in t for s in special)
-    return {"identical": row["chosen"] == row["rejected"],
-            "empty reply": spoken and not (w and l),
-            "blank reply": spoken and w and l and not (w.strip() and l.strip()),
+    return {"identical": "chosen" in row and row["chosen"] == row["rejected"],
+            "empty reply": spoken and not all(said),
+            "blank reply": spoken and all(said) and not all(y.strip() for y in said),
             "empty prompt": not x.strip(),
-            "control text": any(map(spells, (x, w, l))),
-            "long": max(map(len, (x, w, l))) > 100_000}
+            "control text": any(map(spells, (x, *said))),
+            "long": max(map(len, (x, *said))) > 100_000}
 
 # %% ../nbs/05_preferences.ipynb #1f3ab002
+def _content(row):
+    "What a row says, and what the row that contradicts it would say."
+    x, *said = (json.dumps(row[k], sort_keys=True, default=str) for k in texts_of(row))
+    if "chosen" in row: return (x, *said), (x, *said[::-1])
+    return (x, *said, row["label"]), (x, *said, not row["label"])
+
 def _repeats(row, seen):
-    "Is it a pair already seen, or the reverse of one? Remembers it."
-    x, w, l = (json.dumps(row[k], sort_keys=True, default=str) for k in COLUMNS)
-    here = row["_where"]
-    same, reverse = seen.get((x, w, l)), seen.get((x, l, w))
-    seen.setdefault((x, w, l), here)
+    "Is it a row already seen, or the reverse of one? Remembers it."
+    (content, turned), here = _content(row), row["_where"]
+    same, reverse = seen.get(content), seen.get(turned)
+    seen.setdefault(content, here)
     if same: return "duplicate", f"{here} (= {same})"
     if reverse: return "contradiction", f"{here} (reverses {reverse})"
 
@@ -617,6 +675,7 @@ class Audit:
     rows:int                  # pairs in it
     found:dict[str,list[str]] # class -> places
     lengths:dict[str,float]   # mean characters; how often the chosen is longer
+    kind:str="pairs"          # or labelled replies, and how many of each label
 
     def _of(self, classes):
         return {k: v for k, v in self.found.items() if k in classes and v}
@@ -628,28 +687,49 @@ class Audit:
     def exit_code(self): return 2 if self.refusals else 0
 
 # %% ../nbs/05_preferences.ipynb #dad83a3b
+def _mean(sizes): return sum(sizes) / max(1, len(sizes))
+
+def _sizes(prefs):
+    "Characters of chosen and of rejected replies; for pairs also how often the first is longer."
+    if prefs.unpaired:
+        return [[len(text_of(r["completion"])) for r in prefs if r["label"] is side]
+                for side in (True, False)]
+    return [[len(text_of(r[k])) for r in prefs] for k in ("chosen", "rejected")]
+
+def _longer(prefs, w, l):
+    "How often a chosen reply is longer than its rejected one, or than any; a tie is half."
+    if not prefs.unpaired: return _mean([(a > b) + .5 * (a == b) for a, b in zip(w, l)])
+    l = sorted(l)
+    below = [bisect.bisect_left(l, a) + bisect.bisect_right(l, a) for a in w]
+    return _mean(below) / (2 * max(1, len(l)))
+
 def _lengths(prefs):
     "Mean characters of the replies, and how often the chosen one is longer."
-    sides = ("chosen", "rejected")
-    sizes = [[len(text_of(r[k])) for k in sides] for r in prefs] or [[0, 0]]
-    chosen, rejected = (sum(side) / len(sizes) for side in zip(*sizes))
-    longer = sum((w > l) + 0.5 * (w == l) for w, l in sizes) / len(sizes)
-    return {"chosen": chosen, "rejected": rejected, "chosen_longer": longer}
+    w, l = _sizes(prefs)
+    return {"chosen": _mean(w), "rejected": _mean(l), "chosen_longer": _longer(prefs, w, l)}
 
 # %% ../nbs/05_preferences.ipynb #56ce74c3
+def _kind(prefs):
+    "What the rows are, in words; for labelled replies also the place of a lack."
+    if not prefs.unpaired: return "pairs", []
+    good = sum(r["label"] for r in prefs)
+    lack = [f"{prefs[0]['_where']} to {prefs[-1]['_where']}"] if good in (0, len(prefs)) else []
+    return f"labelled replies ({good} good, {len(prefs) - good} bad)", lack
+
 def check_preferences(
-    prefs:Preferences, # or anything `load_preferences` takes
+    prefs:Preferences, # or anything `load_any` takes
     tokenizer=None,    # its special tokens are looked for too
 )->Audit:
-    "Sort the pairs of a file into classes, with their places."
-    prefs, seen = load_preferences(prefs), {}
-    found = {name: [] for name in (*REFUSED, *WARNED)}
+    "Sort the rows of a file into classes, with their places."
+    prefs, seen = load_any(prefs), {}
+    kind, lack = _kind(prefs)
+    found = {name: [] for name in (*REFUSED, *WARNED)} | {"one class": lack}
     special = list(getattr(tokenizer, "all_special_tokens", None) or [])
     for row in prefs:
         for name, true in _faults(row, special).items():
             if true: found[name].append(row["_where"])
         if repeat := _repeats(row, seen): found[repeat[0]].append(repeat[1])
-    return Audit(prefs.source, len(prefs), found, _lengths(prefs))
+    return Audit(prefs.source, len(prefs), found, _lengths(prefs), kind)
 
 # %% ../nbs/05_preferences.ipynb #841be8a2
 def inert(text:str)->str:
@@ -665,7 +745,7 @@ def _some(places, most):
 # %% ../nbs/05_preferences.ipynb #8d724ead
 def _table(audit, show=5):
     "The audit as lines of text."
-    lines = [f"{inert(audit.source)}: {audit.rows} pairs"]
+    lines = [f"{inert(audit.source)}: {audit.rows} {audit.kind}"]
     for name, places in audit.found.items():
         verdict = "refused" if name in REFUSED else "counted"
         if places: lines.append(f"  {len(places):6d}  {name:14s} {verdict:8s} "
@@ -711,11 +791,11 @@ class Leakage:
 
 # %% ../nbs/05_preferences.ipynb #953861fd
 def leakage(
-    train, # anything `load_preferences` takes
+    train, # anything `load_any` takes
     eval,  # likewise
 )->Leakage:
     "Prompts that stand in both sets."
-    train, eval = load_preferences(train), load_preferences(eval)
+    train, eval = load_any(train), load_any(eval)
     exact = {_exact(r): r["_where"] for r in train}
     near = {_folded(r): r["_where"] for r in train}
     found = Leakage([], [], train.sha256 == eval.sha256)
@@ -726,9 +806,9 @@ def leakage(
 
 # %% ../nbs/05_preferences.ipynb #d84e04ef
 def as_chat(
-    row:dict, # a pair
-)->dict:      # the same pair as messages
-    "The pair as messages: prompt said by the user, replies by the assistant."
+    row:dict, # a pair, or a labelled reply
+)->dict:      # the same as messages
+    "The row as messages: prompt said by the user, replies by the assistant."
     if isinstance(row["prompt"], list): return row
-    replies = {k: _turn(row[k], "assistant") for k in ("chosen", "rejected")}
+    replies = {k: _turn(row[k], "assistant") for k in texts_of(row)[1:]}
     return {**row, "prompt": _turn(row["prompt"], "user"), **replies}

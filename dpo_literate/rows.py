@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'VERDICTS', 'tiny_tokenizer', 'control_ids', 'control_ids_cached', 'encode_text', 'render', 'segments',
            'plain_bos', 'Row', 'encode_prompt', 'encode_reply', 'fit', 'length_weights', 'encode_pair', 'Counts',
-           'encode_pairs']
+           'encode_pairs', 'split_pairs']
 
 # %% ../nbs/06_rows.ipynb #a5069459
 import array, hashlib, re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from .preferences import canonical, parse_json, text_of
+from .preferences import canonical, canonical_reply, is_single, parse_json, text_of, texts_of
 from .results import Refusal
 
 # %% ../nbs/06_rows.ipynb #0d8849a8
@@ -253,7 +253,7 @@ def _end(tokenizer):
 # %% ../nbs/06_rows.ipynb #e236577d
 @dataclass(frozen=True)
 class Row:
-    "A pair as token ids."
+    "A pair as token ids; a reply alone is a pair without a second reply."
     prompt_ids:list[int]   # everything before the replies, shared by both
     chosen_ids:list[int]   # the preferred reply, end token last unless it was cut
     rejected_ids:list[int] # the other
@@ -262,6 +262,7 @@ class Row:
     offset:float=0.        # margin asked of the pair
     chosen_weights:list[float]|None=None   # per token; None = all ones
     rejected_weights:list[float]|None=None # likewise
+    label:bool|None=None   # of a reply alone, which stands in `chosen_ids`: good or not
 
     @cached_property
     def key(self)->str:    # content of the row, not its place
@@ -393,20 +394,20 @@ def _chat_of(pair, tokenizer):
 
 # %% ../nbs/06_rows.ipynb #ef2f5ccc
 def _triple(pair, tokenizer, score_tail):
-    "Ids of prompt, chosen and rejected reply."
+    "Ids of prompt, chosen and rejected reply; none for one that is not there."
     prompt, tools = _chat_of(pair, tokenizer)
     prefix = encode_text(tokenizer, pair.get("prefix") or "")
     ids = encode_prompt(prompt, tokenizer, tools) + prefix
     if not ids: raise Refusal("an empty prompt: the first token of a reply would "
                               "have nothing before it")
-    replies = (encode_reply(prompt, pair[name], tokenizer, tools, score_tail)
-               for name in ("chosen", "rejected"))
-    return ids, *replies
+    c, r = ([encode_reply(prompt, pair[name], tokenizer, tools, score_tail)
+             for name in texts_of(pair)[1:]] + [[]])[:2]
+    return ids, c, r
 
 # %% ../nbs/06_rows.ipynb #44308ad4
 def _useless(pair, c, r):
     "The verdict on a pair that should not be trained on, or None."
-    if any(not text_of(pair[name]).strip() for name in ("chosen", "rejected")):
+    if any(not text_of(pair[name]).strip() for name in texts_of(pair)[1:]):
         return "dropped: empty reply"
     return "dropped: identical replies" if c == r else None
 
@@ -430,7 +431,8 @@ def _row(pair, tokenizer, max_length, truncation, score_tail, ld_alpha, identica
     "Verdict on a pair, and its row, or its lengths where it is refused."
     where = str(pair.get("_where") or pair.get("id") or "pair")
     try:
-        pair = pair if "_where" in pair else canonical(pair, where)
+        make = canonical_reply if is_single(pair) else canonical
+        pair = pair if "_where" in pair else make(pair, where)
         ids = _triple(pair, tokenizer, score_tail)
         if bad := _useless(pair, *ids[1:]):
             if identical == "drop": return bad, None
@@ -444,24 +446,27 @@ def _row(pair, tokenizer, max_length, truncation, score_tail, ld_alpha, identica
     return verdict, Row(
         p, c, r, str(pair.get("id") or where),
         float(pair.get("weight", 1.)), float(pair.get("margin", 0.)),
-        length_weights(len(c), len(r), ld_alpha),
-        length_weights(len(r), len(c), ld_alpha))
+        *(length_weights(n, m, ld_alpha) if r else None   # they compare two replies
+          for n, m in ((len(c), len(r)), (len(r), len(c)))),
+        label=pair.get("label"))
 
 # %% ../nbs/06_rows.ipynb #4b350211
+def _sizes(c, r): return f"replies of {c} and {r}" if r else f"a reply of {c}"
+
 def encode_pair(
-    pair:dict,                 # canonical, see page 05
+    pair:dict,                 # canonical, or a labelled reply, see page 05
     tokenizer,                 # its template, its control tokens, its end token
     *, max_length:int|None=1024, # prompt + longer reply (tokens)
     truncation:str="refuse",   # refuse | keep_start | keep_end
     score_tail:bool=False,     # score template text after the end token?
     ld_alpha:float|None=None,  # weight of the tail of the longer reply
 )->Row:
-    "One pair as token ids, or a refusal."
+    "One pair (or labelled reply) as token ids, or a refusal."
     verdict, row = _row(pair, tokenizer, max_length, truncation, score_tail,
                         ld_alpha, "refuse")
     if isinstance(row, Row): return row
     why = verdict if row is None else (
-        f"prompt of {row[1]} and replies of {row[2]} and {row[3]} tokens are longer")
+        f"prompt of {row[1]} and {_sizes(*row[2:])} tokens are longer")
     raise Refusal(f"{pair.get('_where', 'pair')}: {why} (max_length={max_length}); "
                   "raise it, or choose truncation keep_start or keep_end")
 
@@ -486,14 +491,14 @@ def _too_long(long, rows_in, max_length):
     where, p, c, r = long[0]
     fills = sum(row[1] >= max_length for row in long)
     raise Refusal(
-        f"{len(long)} of {rows_in} pairs are longer than max_length={max_length} "
+        f"{len(long)} of {rows_in} {'pairs' if r else 'replies'} are longer than max_length={max_length} "
         f"({fills} by the prompt alone), first {where} with a prompt of {p} and "
-        f"replies of {c} and {r} tokens; raise max_length, or choose truncation "
+        f"{_sizes(c, r)} tokens; raise max_length, or choose truncation "
         "keep_start or keep_end")
 
 # %% ../nbs/06_rows.ipynb #5d85061a
 def encode_pairs(
-    pairs,                     # pairs, Preferences
+    pairs,                     # pairs or labelled replies, Preferences
     tokenizer,
     *, max_length:int|None=1024, truncation:str="refuse",   # as for `encode_pair`
     score_tail:bool=False, ld_alpha:float|None=None,        # likewise
@@ -510,3 +515,12 @@ def encode_pairs(
         elif verdict == "refused": long.append(row)
     if long: _too_long(long, counts.rows_in, max_length)
     return rows, counts
+
+# %% ../nbs/06_rows.ipynb #7d11e603
+def split_pairs(
+    rows:list[Row], # pairs
+)->list[Row]:       # twice as many replies, the chosen one labelled good, the other bad
+    "Each pair as two replies with a label."
+    alone = dict(rejected_ids=[], chosen_weights=None, rejected_weights=None)
+    return [replace(r, chosen_ids=ids, label=label, **alone)
+            for r in rows for ids, label in ((r.chosen_ids, True), (r.rejected_ids, False))]

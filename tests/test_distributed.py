@@ -55,6 +55,7 @@ def test_two_processes_are_one(two, alone):
                 gone = {"num_tokens", "padding_share"} if mode == "fsdp2" or n % 2 else set()   # fillers are read too
                 assert all(here[k] == pytest.approx(there[k], abs=1e-10) for k in there if k not in gone), name
             assert all(mine["metrics"][k] == pytest.approx(v, abs=1e-10) for k, v in one["metrics"].items()), name
+            assert mine["running"] == pytest.approx(one["running"], abs=1e-10) and bool(one["running"]) == (name in ("bco", "beta_dpo"))
         read = sorted(i for i in a["rows"] + b["rows"] if i != FILLER)
         assert read == sorted(str(i) for i in range(n) for _ in range(2)), name
         assert a["writes"] and not b["writes"]

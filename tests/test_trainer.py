@@ -203,7 +203,7 @@ def test_a_loss_that_asks_for_more_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_every_setting_reaches_a_loss_or_is_refused(tmp_path, name):
-    loss, other = LOSSES[name], dict(label_smoothing=.2, f_divergence_type="js_divergence", f_alpha_divergence_coef=.25, discopop_tau=.2)
+    loss, other = LOSSES[name], dict(label_smoothing=.2, f_divergence_type="js_divergence", f_alpha_divergence_coef=.25, discopop_tau=.2, desirable_weight=2., undesirable_weight=.5)
     for setting, aliases in READS.items():
         reaches = any(k in loss.hyper for k in aliases)
         if reaches: assert other[setting] in settings_of(loss, config(tmp_path, loss_type=name, **{setting: other[setting]})).values()
@@ -282,6 +282,27 @@ def test_the_reference_never_moves(tmp_path, how):
     assert t.state.global_step == 20 and torch.equal(before, torch.cat(t.reference.logps(probe)))
     moved = weights_hash(t.model)
     assert abs(t.collect([probe])[0]["policy_chosen_logps"] - before[:4]).max() > .1 and weights_hash(t.model) == moved
+
+
+@pytest.mark.parametrize("how", ["frozen", "adapter", "cached model", "cached adapter", "table", "moving"])
+def test_a_reference_that_moved_stops_the_run_at_its_checkpoint(tmp_path, how):
+    "T02 in production: a few rows are asked for again before a checkpoint is written."
+    torch.manual_seed(0)
+    adapter = how in ("adapter", "cached adapter")
+    ref = dict(ref_model=tiny_model()) if how in ("frozen", "cached model") else {}
+    class Nudge(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step != 3: return
+            if how == "table": t.reference.table = {k: (a + 1e-9, b) for k, (a, b) in t.reference.table.items()}
+            else: next(p for n, p in (t.model if adapter else t.ref_model or t.reference.model).named_parameters() if "q_proj" in n and not (adapter and p.requires_grad)).data[0, 0] += .01
+    settings = dict(save_strategy="steps", save_steps=2, num_train_epochs=3, per_device_train_batch_size=4, precompute_ref_log_probs=how in ("cached model", "cached adapter", "table"), sync_ref_model=how == "moving",
+                    **({"ref_model_sync_steps": 2} if how == "moving" else {}))
+    if how == "moving": settings["precompute_ref_log_probs"] = None
+    t = trainer(tmp_path, lora(tiny_model()) if adapter else tiny_model(), callbacks=[Nudge()], **ref, **settings)
+    if how == "moving": t.train(); assert t.state.global_step == 6; return       # it was meant to move
+    with pytest.raises(Refusal, match=rf"step 4: the reference \({t.mode}") as why: t.train()
+    assert why.value.code == 3 and sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
+    assert t.state.global_step == 4
 
 
 def test_the_adapter_is_its_own_reference(tmp_path):

@@ -29,12 +29,15 @@ if MODE == "fsdp2":   # accelerate takes FSDP for GPUs only; the sharding itself
 
 
 def pairs(n): return [dict(PAIRS[i % 7], id=str(i), rejected=f"no {'sat ' * (i % 5)}{i}", weight=1. + i % 2) for i in range(n)]
+def replies(n): return [dict(prompt=f"the cat {'sat ' * (i % 3)}", completion=f"no {'sat ' * (i % 5)}{i}", label=i % 3 > 0, id=str(i)) for i in range(n)]
 def plain(data): return [{k: v for k, v in p.items() if k != "weight"} for p in data]
 
 
 CASES = dict(   # rows, pairs of a process, accumulation, settings
     odd=(7, 2, 1, {}), one_row=(1, 2, 1, {}), tight=(9, 1, 3, dict(capacity=42)), padded=(9, 2, 2, dict(layout="padded")), ranked=(7, 2, 1, dict(loss_type="ranked")),
-    checkpointing=(7, 2, 1, dict(gradient_checkpointing=True)))
+    checkpointing=(7, 2, 1, dict(gradient_checkpointing=True)),
+    kto=(11, 1, 2, dict(loss_type="kto")), bco=(9, 2, 1, dict(loss_type="bco")), aot_unpaired=(9, 2, 1, dict(loss_type="aot_unpaired")), beta_dpo=(7, 2, 1, dict(loss_type="beta_dpo")))
+REPLIES = ("kto", "bco", "aot_unpaired")   # cases of labelled replies
 COPIES = dict(adapter=(7, 2, 1, dict(precompute_ref_log_probs=False)), frozen=(7, 2, 1, dict(precompute_ref_log_probs=False)), moving=(7, 2, 1, dict(sync_ref_model=True, ref_model_sync_steps=2)))   # not for a model in shards
 
 
@@ -46,7 +49,7 @@ def run(folder, name, case, world):
     module.write_atomic = lambda path, text: (writes.append(str(path)), write(path, text))[1]
     torch.manual_seed(0)
     model = lora(exact("llama")) if name == "adapter" else exact("llama")
-    data = plain(pairs(n)) if name == "ranked" else pairs(n)
+    data = replies(n) if name in REPLIES else plain(pairs(n)) if name in ("ranked", "beta_dpo") else pairs(n)
     try:
         t = DPOTrainer(model, args=config(folder / name, per_device_train_batch_size=micro * 2 // world, gradient_accumulation_steps=accumulation, num_train_epochs=2, per_device_eval_batch_size=4 if world > 1 else 1, **settings),
                        train_dataset=data, eval_dataset=dict(same=data, three=data[:3], one=data[:1]), processing_class=TOKENIZER)
@@ -58,7 +61,7 @@ def run(folder, name, case, world):
     finally: DPOTrainer.objective, module.write_atomic = real, write
     weights = {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().clone() for k, v in t.accelerator.unwrap_model(t.model).named_parameters()}
     log = [{k: v for k, v in h.items() if k not in ("tokens_per_second",)} for h in t.state.log_history if "loss" in h]
-    return dict(weights=weights, log=log, metrics=metrics, rows=seen_, writes=writes, layout=t.layout, world=t.args.world_size, kind=type(t.model_wrapped).__name__)
+    return dict(weights=weights, log=log, metrics=metrics, rows=seen_, writes=writes, layout=t.layout, world=t.args.world_size, running=dict(t.running.seen) if t.running else {}, kind=type(t.model_wrapped).__name__)
 
 
 def poisoned(folder):
