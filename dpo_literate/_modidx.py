@@ -361,7 +361,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'dpo_literate.frontier.shared_replies': ('frontier.html#shared_replies', 'dpo_literate/frontier.py'),
                                        'dpo_literate.frontier.shortfall': ('frontier.html#shortfall', 'dpo_literate/frontier.py'),
                                        'dpo_literate.frontier.summary': ('frontier.html#summary', 'dpo_literate/frontier.py'),
-                                       'dpo_literate.frontier.switched_off': ('frontier.html#switched_off', 'dpo_literate/frontier.py'),
                                        'dpo_literate.frontier.train_judge': ('frontier.html#train_judge', 'dpo_literate/frontier.py'),
                                        'dpo_literate.frontier.train_offline': ('frontier.html#train_offline', 'dpo_literate/frontier.py'),
                                        'dpo_literate.frontier.train_ppo': ('frontier.html#train_ppo', 'dpo_literate/frontier.py'),

@@ -6,8 +6,8 @@
 __all__ = ['STRENGTHS', 'NEEDS', 'MAKERS', 'LOOKS', 'Point', 'point_of', 'wide_world', 'reward_at', 'shortfall', 'best_of_n',
            'best_of_n_bound', 'imitation', 'FrontierConfig', 'Job', 'prompts_of', 'identity', 'cell_of',
            'write_replies', 'scored', 'reference', 'shared_replies', 'pool', 'adapter', 'quiet', 'pairs_of',
-           'train_offline', 'as_asked', 'train_judge', 'judged', 'reward_of', 'ppo_run', 'train_ppo', 'switched_off',
-           'measure', 'best_of', 'best_replies', 'make_cell', 'run_cell', 'whole_cost', 'by_prompt', 'point', 'summary',
+           'train_offline', 'as_asked', 'train_judge', 'judged', 'reward_of', 'ppo_run', 'train_ppo', 'measure',
+           'best_of', 'best_replies', 'make_cell', 'run_cell', 'whole_cost', 'by_prompt', 'point', 'summary',
            'plot_methods', 'on_line', 'lead', 'OutOfTime', 'plan', 'in_a_process', 'line_of', 'run_jobs',
            'main_frontier']
 
@@ -22,7 +22,7 @@ from transformers import PrinterCallback, set_seed
 from .align import ask, best_against_worst, kl_per_reply, sample, score, split_prompts
 from .models import load_model, load_tokenizer, write_folder
 from .plots import COLORS, finish, new_fig
-from .ppo import PPO, PPOConfig, load_state, reward_function, train, user_turn
+from .ppo import PPO, PPOConfig, load_state, reference_of, reward_function, train, user_turn
 from .results import Refusal, bootstrap_interval, provenance, to_json, write_atomic
 from .reward_model import (RewardConfig, RewardTrainer, accuracy, score_texts,
                                        standardise, with_score_head)
@@ -298,12 +298,6 @@ def train_ppo(job:Job)->dict: # the trained PeftModel, and what its batches said
     return dict(policy=run.policy, log=log, sampled=total("tokens"), seconds=total("seconds"))
 
 # %% ../nbs/13_frontier.ipynb #defe1c36
-def switched_off(policy):
-    "A PeftModel without its adapter, called like a model."
-    def ref(**inputs):
-        with policy.disable_adapter(): return policy(**inputs)
-    return ref
-
 def measure(
     job:Job, policy, # the cell; a PeftModel
 )->dict:             # reward and KL of every reply, prompt by prompt; the first reply to each
@@ -312,10 +306,10 @@ def measure(
     tokenizer = load_tokenizer(job.config.model)
     found = scored(job, policy, held, K, 20_000 + job.seed)
     ids, replies = [ask(p, tokenizer) for p in held for _ in range(K)], sum(found["replies"], [])
-    kls, ref = [], switched_off(policy)
+    kls = []
     for i in range(0, len(ids), 16):
         drawn = [r["ids"] for r in replies[i:i + 16]]
-        kls += kl_per_reply(policy, ref, ids[i:i + 16], drawn)[0].tolist()
+        kls += kl_per_reply(policy, reference_of(policy), ids[i:i + 16], drawn)[0].tolist()
     kls = [kls[i:i + K] for i in range(0, len(kls), K)]
     return dict(rewards=found["rewards"], kls=kls, texts=[rs[0]["text"] for rs in found["replies"]])
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest, torch
 from torch import nn
 from dpo_literate.frontier import (STRENGTHS, FrontierConfig, Job, best_of, best_of_n, best_of_n_bound, main_frontier, plan, reward_at, run_cell,
-                                   run_jobs, shortfall, summary, switched_off, wide_world)
+                                   run_jobs, shortfall, summary, wide_world)
 from dpo_literate.models import tiny_model, write_folder
-from dpo_literate.ppo import world_dpo, world_ppo
+from dpo_literate.ppo import reference_of, world_dpo, world_ppo
 from dpo_literate.results import Refusal, claim_problems, load_result
 from dpo_literate.reward import fit_scores
 from dpo_literate.reward_model import with_score_head
@@ -121,14 +121,15 @@ def test_ppo_samples_as_many_replies_as_are_shared(tiny):
     assert len(cell["log"]) == 2 and 10 <= cell["sampled"] <= 10 * 4                   # 5 prompts × 2 replies in steps of 5
 
 
-def test_switched_off_is_the_start(tiny):
+def test_the_lent_reference_is_the_start(tiny):
     from peft import LoraConfig, get_peft_model
     model = tiny_model(scale=1.)
     ids = torch.arange(6)[None]
     with torch.no_grad():
         before = model(input_ids=ids).logits
         policy = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-        assert torch.equal(switched_off(policy)(input_ids=ids).logits, before) and not torch.equal(policy(input_ids=ids).logits, before)
+        with reference_of(policy) as ref: lent = ref(input_ids=ids).logits
+        assert torch.equal(lent, before) and not torch.equal(policy(input_ids=ids).logits, before)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 5])
