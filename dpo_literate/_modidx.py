@@ -459,6 +459,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'dpo_literate/hierarchy.py'),
                                         'dpo_literate.hierarchy.make_items': ('hierarchy.html#make_items', 'dpo_literate/hierarchy.py'),
                                         'dpo_literate.hierarchy.messages_of': ('hierarchy.html#messages_of', 'dpo_literate/hierarchy.py'),
+                                        'dpo_literate.hierarchy.named_pairs': ('hierarchy.html#named_pairs', 'dpo_literate/hierarchy.py'),
                                         'dpo_literate.hierarchy.offsets_of': ('hierarchy.html#offsets_of', 'dpo_literate/hierarchy.py'),
                                         'dpo_literate.hierarchy.pair_shares': ('hierarchy.html#pair_shares', 'dpo_literate/hierarchy.py'),
                                         'dpo_literate.hierarchy.placed': ('hierarchy.html#placed', 'dpo_literate/hierarchy.py'),
