@@ -6,7 +6,7 @@
 __all__ = ['ELSEWHERE', 'OWN', 'check_data', 'losses', 'quiet', 'demo', 'complain', 'as_arguments', 'read_recipe', 'Strict',
            'read_settings', 'train_options', 'rows_of', 'train', 'make_trainer', 'measured', 'in_a_line',
            'finish_training', 'settings_help', 'parser', 'add_demo', 'add_train', 'add_reward_train', 'later',
-           'add_ppo', 'add_frontier', 'add_probe', 'add_attack', 'main']
+           'add_ppo', 'add_frontier', 'add_probe', 'add_attack', 'add_hierarchy_eval', 'main']
 
 # %% ../nbs/11a_cli.ipynb #8e48080d
 import argparse, ast, dataclasses, difflib, os, signal, sys, time
@@ -276,6 +276,7 @@ def parser()->argparse.ArgumentParser:
     add_ppo(commands.add_parser("ppo", help="train a policy by PPO on a reward"))
     add_frontier(commands.add_parser("frontier", help="reward against KL for DPO, PPO, SFT, unlikelihood and best-of-n"))
     add_probe(commands.add_parser("probe", help="hold an aligned model against its start: style, refusal, displacement, honesty"))
+    add_hierarchy_eval(commands.add_parser("hierarchy-eval", help="whom a model obeys when the authors of a prompt disagree"))
     add_attack(commands.add_parser("attack", help="how often a model obeys what a stranger wrote into its data"))
     return top
 
@@ -381,6 +382,18 @@ def add_attack(p:argparse.ArgumentParser)->None:
                                 ("gcg", 0, "tasks attacked by GCG as well (0)"), ("gcg_steps", 12, "its steps (12)")):
         p.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=text)
     p.set_defaults(run=lambda args: later("secalign", "main_attack", args))
+
+# %% ../nbs/11a_cli.ipynb #d2b81f6a
+def add_hierarchy_eval(p:argparse.ArgumentParser)->None:
+    "Arguments of `hierarchy-eval`, page 21."
+    p.add_argument("--model", required=True, help="a folder of save_hierarchy, an adapter's or a model's; \"bundled\" or a hub name")
+    p.add_argument("--out", required=True, help="a new folder for hierarchy.md and hierarchy.json")
+    p.add_argument("--upside-down", action="store_true", help="ask the conflicts again, lowest level first")
+    for name, default, text in (("per_pair", 12, "conflicts a pair (12)"), ("aligned", 3, "controls a pair (3)"), ("benign", 30, "look-alikes (30)"),
+                                ("cascades", 20, "conflicts of three levels or more (20)"), ("seed", 0, "of the items (0)"),
+                                ("limit", 24, "most tokens of a reply (24)"), ("batch", 32, "prompts at a time (32)")):
+        p.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=text)
+    p.set_defaults(run=lambda args: later("hierarchy", "main_hierarchy", args))
 
 # %% ../nbs/11a_cli.ipynb #6085b613
 def main(

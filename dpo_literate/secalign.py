@@ -7,9 +7,8 @@ __all__ = ['RESERVED', 'STRUQ', 'STYLES', 'REPLY_WORDS', 'TASK_WORDS', 'CASES', 
            'TONGUES', 'ATTACKS', 'DEFENCES', 'chat', 'query', 'reserve_tokens', 'delimiters_of', 'front_end',
            'injected_prompt', 'forged_turns', 'completed', 'placed', 'injected', 'secalign_pairs', 'check_tasks',
            'shipped_tasks', 'read_tasks', 'answers', 'first_sentence', 'own_replies', 'own_turns', 'near_miss',
-           'Attack', 'attacked', 'begins', 'contains', 'overlap', 'attack_suite', 'asr', 'share_interval', 'utility',
-           'target_loss', 'Slot', 'suffix_slot', 'writable', 'swaps', 'Search', 'gcg', 'table_of', 'gcg_attacks',
-           'main_attack']
+           'Attack', 'attacked', 'begins', 'contains', 'overlap', 'attack_suite', 'asr', 'utility', 'target_loss',
+           'Slot', 'suffix_slot', 'writable', 'swaps', 'Search', 'gcg', 'table_of', 'gcg_attacks', 'main_attack']
 
 # %% ../nbs/22_secalign.ipynb #97761595
 import argparse, base64, copy, random, re
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from .align import sample_batch
-from .hierarchy import reserved_tokens, strip_reserved
+from .hierarchy import reserved_tokens, share_interval, strip_reserved
 from .logps import unwrapped
 from .preferences import parse_json, read_lines
 from .results import Refusal, to_json, write_atomic
@@ -389,15 +388,6 @@ def asr(
 )->dict[str,float]:    # attack -> share of tasks
     "Attack success rate by attack, formula (22.2)."
     return {name: sum(f[kind]) / len(f[kind]) for name, f in found.items()}
-
-def share_interval(
-    wins:int, n:int,   # successes among n tasks
-)->tuple[float,float]: # 95 % interval of the share (Wilson)
-    "How far a share of few tasks can be trusted; none of n is not nothing."
-    if not 0 <= wins <= n or n < 1: raise Refusal(f"{wins} of {n} is no share")
-    p, z2 = wins / n, 1.96**2
-    centre, half = p + z2 / (2 * n), (z2 * (p * (1 - p) / n + z2 / (4 * n * n)))**.5
-    return max(0., (centre - half) / (1 + z2 / n)), min(1., (centre + half) / (1 + z2 / n))
 
 # %% ../nbs/22_secalign.ipynb #b57bc6b6
 def utility(

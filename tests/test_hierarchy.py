@@ -1,4 +1,5 @@
 "The hierarchy beyond the page: the front end on forged text, segments on any token string, every reference mode, resume, and the judge against loops."
+import argparse
 import copy
 import importlib.util
 import json
@@ -10,16 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PrinterCallback
 
-from dpo_literate.hierarchy import (DELIMITERS, FAMILIES, FORBID, LOOKALIKES, NEEDLESS, OVERRIDES, PAIRS, PARTS, PERSONAS, REQUESTS, WORDS, HierarchyTrainer, KeepBest,
-                                    SegmentEmbedding, add_delimiters, add_segments, agreed, conflict, delimiter_ids, gravity, hierarchy_metrics, hierarchy_policy,
-                                    hierarchy_rows, hierarchy_state, in_stage, judge, load_hierarchy, load_hierarchy_state, look_alike, macro, make_items,
-                                    messages_of, ppa, refuses, replies_to, reserved_tokens, save_hierarchy, says, segments_of, strip_reserved, tables_of, whs)
+from dpo_literate.cli import main
+from dpo_literate.hierarchy import (DELIMITERS, FAMILIES, FORBID, LOOKALIKES, NEEDLESS, OVERRIDES, PAIRS, PARTS, PERSONAS, REQUESTS, WORDS, HierarchyTrainer,
+                                    KeepBest, SegmentEmbedding, add_delimiters, add_segments, agreed, conflict, delimiter_ids, gravity, hierarchy_metrics,
+                                    hierarchy_policy, hierarchy_rows, hierarchy_state, in_stage, judge, load_any_rank, load_hierarchy, load_hierarchy_state,
+                                    look_alike, macro, main_hierarchy, make_items, messages_of, pooled, ppa, ranked, refuses, replies_to, reserved_tokens,
+                                    save_hierarchy, says, segments_of, share_interval, share_of, strip_reserved, tables_of, turns_of, whs)
 from dpo_literate.logps import pad_rows
 from dpo_literate.losses import dpo_loss
-from dpo_literate.models import no_dropout, tiny_config, tiny_model
+from dpo_literate.models import load_model, load_tokenizer, no_dropout, tiny_config, tiny_model, write_folder
 from dpo_literate.packing import pack_rows, packed_reply_logps
 from dpo_literate.results import Refusal, claim_problems
 from dpo_literate.rows import control_ids, encode_prompt, encode_text, tiny_tokenizer
@@ -394,6 +397,108 @@ def test_controls_agree():
     for x in (agreed((0, 3), random.Random(n)) for n in range(50)): assert not x.follows(x.rejected) and x.pair == (0, 3)
     assert all(math.isnan(v) for v in judge([look_alike(1, random.Random(0))], ["a"])["won"].tolist())
     assert conflict((0, 2, 4), random.Random(0)).kind == "cascade"
+
+
+# ------------------------------------------------------------ the command
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    "Models on disk: saved hierarchies with and without segments, one of them whole, a plain adapter, plain bases."
+    desk = tmp_path_factory.mktemp("models")
+    for kind in ("llama", "qwen2", "gpt2"): write_folder(desk / kind, tiny_model(kind).float(), tiny_tokenizer())
+    for name, ise in (("marks", False), ("segments", True)):
+        tokenizer, model = load_tokenizer(desk / "llama"), load_model(desk / "llama")
+        add_delimiters(model, tokenizer)
+        if ise: add_segments(model, tokenizer, std=1.)
+        if ise: write_folder(desk / "whole", model, tokenizer)
+        save_hierarchy(hierarchy_policy(model, tokenizer, lora()), tokenizer, desk / name)
+    get_peft_model(load_model(desk / "qwen2"), LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(desk / "adapter")
+    write_folder(desk / "bare", tiny_model().float(), tiny_tokenizer("plain"))
+    (desk / "orphan").mkdir()
+    (desk / "orphan" / "adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", base_model_name_or_path=None)))
+    return desk
+
+
+def asked_of(folder, out, **more):
+    return argparse.Namespace(**(dict(model=str(folder), out=str(out), seed=0, per_pair=2, aligned=1, benign=3, cascades=3, limit=5, batch=32, upside_down=False) | more))
+
+
+@pytest.mark.parametrize("name,marks,turned", [("segments", True, 20), ("marks", True, 20), ("whole", True, 20), ("adapter", False, 8), ("llama", False, 8), ("qwen2", False, 8), ("gpt2", False, 8)])
+def test_the_command_judges_a_folder(folders, tmp_path, capsys, name, marks, turned):
+    assert main_hierarchy(asked_of(folders / name, tmp_path / "out", upside_down=True)) == 0
+    found = json.loads((tmp_path / "out" / "hierarchy.json").read_text())
+    n = {k: s["n"] for k, s in found["shares"].items()}
+    assert found["marks"] == marks and n["macro PPA"] == n["WHS"] == 20 and n["cascades won"] == n["benign undone"] == 3 and n["aligned refused"] == 10
+    assert n["PPA upside down"] == n["the same in order"] == turned and all(n[f"PPA {i} over {j}"] == 2 for i, j in PAIRS)
+    assert all(0 <= s["low"] <= s["value"] <= s["high"] <= 1 and s["low"] < s["high"] for s in found["shares"].values())
+    items = make_items("held out", 0, per_pair=2, aligned=1, benign=3, cascades=3)
+    replies = [x["reply"] for x in found["items"]]
+    assert [x["levels"] for x in found["items"]] == [{str(l): t for l, t in x.levels.items()} for x in items] and any(replies)
+    assert {k: s["value"] for k, s in found["shares"].items() if k in hierarchy_metrics(items, replies)} == {k: s.value for k, s in hierarchy_metrics(items, replies).items()}
+    text, said = (tmp_path / "out" / "hierarchy.md").read_text(), capsys.readouterr().out
+    assert all(line in text for line in said.splitlines()[:-1]) and said.count("\n") == 2 + len(n) + 1
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["hierarchy.json", "hierarchy.md"]
+
+
+def test_a_folder_is_loaded_with_everything_that_was_learned(folders):
+    "Marks, segments, adapter: the loaded model is the saved one."
+    tokenizer, model = load_tokenizer(folders / "llama"), load_model(folders / "llama")
+    add_delimiters(model, tokenizer)
+    plain = torch.tensor([encode_prompt(messages_of(ITEMS[0].levels, tokenizer), tokenizer)])
+    without = model(plain).logits
+    add_segments(model, tokenizer, std=1.)
+    for name, want in (("marks", without), ("segments", model(plain).logits), ("whole", model(plain).logits)):
+        loaded, again = load_any_rank(folders / name)
+        assert ranked(again) and (loaded.cpu()(plain).logits - want).abs().max() < 1e-4, name
+    adapted, base = load_any_rank(folders / "adapter")[0].cpu(), load_model(folders / "qwen2")
+    assert (adapted(plain % 300).logits - base(plain % 300).logits).abs().max() > 1e-3
+
+
+def test_the_same_seed_gives_the_same_figures(folders, tmp_path):
+    for name, seed, batch in (("a", 0, 32), ("b", 0, 7), ("c", 1, 32)): main_hierarchy(asked_of(folders / "segments", tmp_path / name, seed=seed, batch=batch))
+    a, b, c = (json.loads((tmp_path / n / "hierarchy.json").read_text()) for n in "abc")
+    assert a["shares"] == b["shares"] and a["items"] == b["items"] and a["items"] != c["items"]
+
+
+def test_what_the_command_refuses(folders, tmp_path, capsys):
+    def run(*argv): return capsys.readouterr() and main(["hierarchy-eval", *map(str, argv)]), capsys.readouterr().err
+    full = tmp_path / "full"; full.mkdir(); (full / "mine").write_text("x")
+    small, out = ("--per-pair", 1, "--aligned", 0, "--benign", 0, "--cascades", 0, "--limit", 2), tmp_path / "out"
+    bare, orphan = folders / "bare", folders / "orphan"
+    for argv, said in ((("--model", folders / "llama", "--out", full), "not empty"), (("--model", folders / "llama", "--out", full / "mine"), "not empty"),
+                       (("--model", tmp_path / "nowhere", "--out", out), "does not exist"), (("--model", bare, "--out", out), "no chat template"),
+                       (("--model", orphan, "--out", out), "which model it belongs on"), (("--model", folders / "gpt2", "--out", out, "--limit", 500), "reads no more than 512"),
+                       (("--model", folders / "llama", "--out", out, "--per-pair", 0), "per_pair=0"), (("--model", folders / "llama", "--out", out, "--cascades", -1), "cascades=-1")):
+        code, err = run(*small, *argv)
+        assert code == 2 and said in err and err.count("\n") == 1, (argv, err)
+    assert not out.exists() and [p.name for p in full.iterdir()] == ["mine"]
+    assert run("--model", folders / "llama", "--out", out, *small)[0] == 0
+    found = json.loads((out / "hierarchy.json").read_text())["shares"]
+    assert set(found) == {"macro PPA", "WHS"} | {f"PPA {i} over {j}" for i, j in PAIRS}
+
+
+def test_two_turns_for_five_levels():
+    plain, levels = tiny_tokenizer(), {0: "a <|im_end|>", 2: "c", 3: "<s>d", 4: "e"}
+    assert turns_of(levels, plain) == [dict(role="system", content="a \nc"), dict(role="user", content="d\ne")]
+    assert turns_of(levels, plain, upside_down=True) == [dict(role="system", content="c\na "), dict(role="user", content="e\nd")]
+    assert turns_of({3: "d"}, plain) == [dict(role="user", content="d")]
+
+
+# ------------------------------------------------------------ intervals
+
+@pytest.mark.parametrize("weight", [lambda i, j: 1, lambda i, j: j - i], ids=["macro", "whs"])
+def test_a_pooled_interval_stays_a_share_and_has_width(weight):
+    rng = random.Random(0)
+    for n in (1, 6, 40):
+        for wins in ([0] * 10, [n] * 10, *([rng.randint(0, n) for _ in PAIRS] for _ in range(50))):
+            found = pooled({p: share_of(torch.tensor([1.] * k + [0.] * (n - k))) for p, k in zip(PAIRS, wins)}, weight)
+            assert 0 <= found.low <= found.value <= found.high <= 1 and found.low < found.high and found.n == 10 * n
+            assert found.value == pytest.approx((macro if weight(0, 4) == 1 else whs)({p: k / n for p, k in zip(PAIRS, wins)}))
+
+
+def test_pooling_one_pair_is_its_own_interval():
+    one = share_of(torch.tensor([1., 0., 0.]))
+    assert pooled({(0, 4): one}, lambda i, j: j - i) == pytest.approx(one) and one[1:3] == pytest.approx(share_interval(1, 3))
 
 
 # ------------------------------------------------------------ the recorded comparison
