@@ -86,6 +86,7 @@ def main():
         torch.save(found, folder / f"{name}.{rank}.pt")
     (folder / f"nan.{rank}.json").write_text(json.dumps(poisoned(folder)))
     torch.distributed.destroy_process_group()
+    os._exit(0)     # everything is on disk; a thread of gloo may still abort the interpreter's way out
 
 
 if __name__ == "__main__": main()
