@@ -7,20 +7,17 @@ A cell is one arm with one seed. The arms of a seed start from one supervised mo
 kept with its adapter under runs/hierarchy/. A finished cell is not run again, so a stopped run goes on where it was; a cell made with other settings is made anew.
 --record refuses while a cell is missing.
 """
-import argparse
-import hashlib
-import json
 import random
 import sys
-import time
 from collections import Counter
 
 import torch
+from cells import above, by_seed, claim_row, gathered, key, options, run_or_record, seconds_of, seeds_of, work
 
 from dpo_literate.hierarchy import (PAIRS, HierarchyTrainer, add_delimiters, add_segments, agreed, conflict, hierarchy_policy, hierarchy_rows, judge, load_hierarchy,
                                     macro, make_items, ppa, replies_to, save_hierarchy, train_hierarchy, whs)
 from dpo_literate.models import load_model, load_tokenizer
-from dpo_literate.results import Refusal, bootstrap_interval, repo_dir, save_claims, save_result, write_atomic
+from dpo_literate.results import Refusal, repo_dir, save_claims, save_result
 from dpo_literate.rows import Row
 from dpo_literate.trainer import DPOConfig
 
@@ -33,9 +30,6 @@ HELD = dict(per_pair=6, aligned=3, benign=15, cascades=10, limit=12)
 ARMS = {"DPO": dict(schedule="none"), "constant": dict(schedule="constant"), "linear": dict(schedule="linear"), "bilateral": dict(schedule="bilateral"),
         "DPO, no calibration": dict(schedule="none", calibration=False), "bilateral, no calibration": dict(schedule="bilateral", calibration=False),
         "bilateral, no segments": dict(schedule="bilateral", segments=False)}
-
-
-def key(config): return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def cell_path(config): return CELLS / f"{config['arm'].replace(', ', '_').replace(' ', '-')}_{config['seed']}_{key(config)}.json"
@@ -122,40 +116,27 @@ def judged(policy, tokenizer, config):
 
 
 def run_cell(config):
-    began = time.time()
-    if not config["arm"].startswith("SFT") and not (folder_of(config) / "hierarchy.safetensors").is_file():
+    if config["arm"].startswith("SFT"): return supervised(config)
+    if not (folder_of(config) / "hierarchy.safetensors").is_file():
         raise Refusal(f"{folder_of(config)} is missing: run the SFT cell of seed {config['seed']} first")
-    values = (supervised if config["arm"].startswith("SFT") else preferred)(config)
-    write_atomic(cell_path(config), json.dumps({"config": config, "values": values, "seconds": time.time() - began}))
-    shown = ", ".join(f"{k} {values[k]:.2f}" for k in ("macro", "whs", "cascades", "refused", "undone"))
-    print(f"  {config['arm']}, seed {config['seed']}: {time.time() - began:.0f} s  {shown}", flush=True)
+    return preferred(config)
 
 
-def work(todo, minutes):
-    "Run the cells that are missing until the time is up; how many are left."
-    start, left = time.time(), [c for c in todo if not cell_path(c).exists()]
-    print(f"{len(todo) - len(left)} of {len(todo)} cells are there", flush=True)
-    while left and time.time() - start < 60 * minutes: run_cell(left.pop(0))
-    return len(left)
+def shown(values): return ", ".join(f"{k} {values[k]:.2f}" for k in ("macro", "whs", "cascades", "refused", "undone"))
 
 
 # ------------------------------------------------------------ the record
 
-def verdict(low, high): return "held" if low > 0 else "did not hold" if high < 0 else "too small to tell"
-
-
 def record(todo):
-    missing = [c for c in todo if not cell_path(c).exists()]
-    if missing: raise Refusal(f"{len(missing)} cells are missing, first {missing[0]['arm']} seed {missing[0]['seed']}: run it without --record")
-    cells = [json.loads(cell_path(c).read_text()) for c in todo]
-    seeds, command = sorted({c["config"]["seed"] for c in cells}), "python benchmarks/hierarchy.py --record"
+    cells, command = gathered(todo, cell_path), "python benchmarks/hierarchy.py --record"
+    seeds = seeds_of(cells)
     names = list(dict.fromkeys(c["config"]["arm"] for c in cells))
-    def of(arm, name): return [next(c["values"][name] for c in cells if c["config"]["arm"] == arm and c["config"]["seed"] == s) for s in seeds]
+    def of(arm, name): return [v[name] for v in by_seed(cells, arm=arm)]
     plain = ("macro", "whs", "cascades", "refused", "undone", "aligned_refused", "aligned_undone", "benign_refused", "benign_undone", "upside_down", "families_won", "pairs_won")
     arms = {arm: {name: of(arm, name) for name in plain} for arm in names}
-    examples = {arm: next(c["values"]["examples"] for c in cells if c["config"]["arm"] == arm) for arm in ("SFT", "DPO", "bilateral")}
+    examples = {arm: of(arm, "examples")[0] for arm in ("SFT", "DPO", "bilateral")}
     config = dict(model="bundled", sft=SFT, dpo=DPO, held=HELD, lora=LORA, alpha=.3, **BASE)
-    save_result("hierarchy", dict(arms=arms, examples=examples), command=command, config=config, seed=seeds, seconds=sum(c["seconds"] for c in cells),
+    save_result("hierarchy", dict(arms=arms, examples=examples), command=command, config=config, seed=seeds, seconds=seconds_of(cells),
                 what="Who wins a conflict of levels, and how often a harmless prompt is refused: DPO, a constant offset of equal mean, linear and bilateral GW-DPO, bundled model")
     save_claims("hierarchy", claims(of, seeds, command))
 
@@ -169,9 +150,7 @@ def claims(of, seeds, command):
         rise = [(sum(p[k] for k in ("01", "12")) / 2) - sum(v for k, v in p.items() if k not in ("01", "12")) / 8 for p in of(arm, "pairs_won")]
         return rise
     def row(claim, paper, values, source="arXiv:2606.10860 abstract"):
-        low, high = bootstrap_interval(values)
-        return dict(claim=claim, source=source, paper_figure=paper, setup=setup, ours=sum(values) / len(values), low=low, high=high, seeds=seeds,
-                    verdict=verdict(low, high), command=command)
+        return claim_row(claim, source, paper, values, above(), setup=setup, seeds=seeds, command=command)
     return [row("bilateral has a higher macro PPA than DPO (difference)", "higher", gap("bilateral", "DPO", "macro")),
             row("bilateral has a higher macro PPA than linear (difference)", "higher", gap("bilateral", "linear", "macro")),
             row("bilateral refuses at most half as often as DPO, phrase list (half of DPO's rate minus bilateral's)", "half", gap("DPO", "bilateral", "refused", .5)),
@@ -185,20 +164,8 @@ def claims(of, seeds, command):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no new cell after this long")
-    parser.add_argument("--record", action="store_true", help="write the results and the claims table from the finished cells")
-    args = parser.parse_args(argv)
-    try:
-        todo = configs(args.seeds)
-        if args.record: record(todo); return 0
-        left = work(todo, args.minutes)
-        print(f"{left} cells left" if left else "all cells are there; add --record", flush=True)
-        return 0
-    except Refusal as no:
-        print(f"{no}", file=sys.stderr)
-        return no.code
+    args = options(__doc__, [0, 1, 2]).parse_args(argv)
+    return run_or_record(args, lambda: configs(args.seeds), lambda todo, minutes: work(todo, cell_path, run_cell, shown, minutes), record)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -7,19 +7,18 @@
 A cell is one arm with one seed. A finished cell is kept under runs/honesty/ and not run again, so a stopped run goes on where it was;
 a cell that was made with other settings is made anew. --record refuses while a cell is missing.
 """
-import argparse
-import hashlib
 import json
 import random
 import sys
 import time
 
 import torch
+from cells import above, below, by_seed, claim_row, gathered, key, options, polite_pairs, run_or_record, seconds_of, seeds_of, work
 
 from dpo_literate.models import load_model, load_tokenizer
 from dpo_literate.probes.honesty import (BINS, aurc, auroc, brier, choice_logps, deference, eager_pairs, ece, echo, put, selective_honesty, sheet_of,
                                          shipped_questions, split_categories, truth_scores, truthful_pairs, truthfulqa)
-from dpo_literate.results import Refusal, bootstrap_interval, data_dir, repo_dir, save_claims, save_result, write_atomic
+from dpo_literate.results import repo_dir, save_claims, save_result, write_atomic
 
 CELLS = repo_dir() / "runs" / "honesty"
 ARMS = ("polite", "eager", "truthful")
@@ -32,18 +31,7 @@ COMMAND = "python benchmarks/honesty.py --record"
 def configs(seeds, size=FULL): return [dict(arm=arm, seed=seed, **size, **SETTINGS) for seed in seeds for arm in ARMS]
 
 
-def cell_path(config):
-    key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
-    return CELLS / f"{config['arm']}_{config['seed']}_{key}.json"
-
-
-def polite_pairs():
-    "Instruction pairs as chats: the same content, polite preferred."
-    if data_dir() is None: raise Refusal("no data: set DPO_LITERATE_DATA to the folder that holds polite_pairs")
-    raw = [json.loads(line) for line in (data_dir() / "polite_pairs" / "pairs.jsonl").read_text().splitlines()]
-    def turn(role, text): return [dict(role=role, content=text)]
-    return [dict(prompt=turn("user", r["instruction"] + (f"\n\n{r['input']}" if r["input"] else "")), chosen=turn("assistant", r["chosen"]),
-                 rejected=turn("assistant", r["rejected"])) for r in raw if r["chosen"].strip() != r["rejected"].strip()]
+def cell_path(config): return CELLS / f"{config['arm']}_{config['seed']}_{key(config)}.json"
 
 
 def pairs_of(config):
@@ -94,38 +82,25 @@ def run(config):
     return dict(before=before, after=read(trainer.model.eval(), tokenizer, questions, config), margin=lines[-1]["rewards/margins"], first_loss=lines[0]["loss"], last_loss=lines[-1]["loss"])
 
 
-def work(todo, minutes):
-    "Run the cells that are missing until the time is up; how many are left."
-    began, left = time.time(), [c for c in todo if not cell_path(c).exists()]
-    print(f"{len(todo) - len(left)} of {len(todo)} cells are there", flush=True)
-    while left and time.time() - began < 60 * minutes:
-        config, started = left.pop(0), time.time()
-        values = run(config)
-        write_atomic(cell_path(config), json.dumps(dict(config=config, values=values, seconds=time.time() - started)))
-        change = {k: values["after"][k] - v for k, v in values["before"].items() if k != "curve"}
-        print(f"  {config['arm']} seed {config['seed']}: {time.time() - started:.0f} s  margin {values['margin']:.2f}  " + ", ".join(f"{k} {v:+.3f}" for k, v in change.items()), flush=True)
-    return len(left)
+def shown(values):
+    return ", ".join([f"margin {values['margin']:.2f}", *(f"{k} {values['after'][k] - v:+.3f}" for k, v in values["before"].items() if k != "curve")])
 
 
 def record(todo):
-    missing = [c for c in todo if not cell_path(c).exists()]
-    if missing: raise Refusal(f"{len(missing)} cells are missing, first {missing[0]['arm']} seed {missing[0]['seed']}: run it without --record")
-    cells = [json.loads(cell_path(c).read_text()) for c in todo]
-    seeds = sorted({c["config"]["seed"] for c in cells})
-    def of(arm, name, when): return [next(c["values"][when][name] for c in cells if c["config"]["arm"] == arm and c["config"]["seed"] == s) for s in seeds]
+    cells = gathered(todo, cell_path)
+    seeds = seeds_of(cells)
+    def of(arm, name, when): return [v[when][name] for v in by_seed(cells, arm=arm)]
     def change(arm, name): return [a - b for a, b in zip(of(arm, name, "after"), of(arm, name, "before"))]
     names = [k for k in cells[0]["values"]["before"] if k != "curve"]
     values = dict(before={k: of(ARMS[0], k, "before") for k in names}, after={arm: {k: of(arm, k, "after") for k in names} for arm in ARMS},
-                  margin={arm: [c["values"]["margin"] for c in cells if c["config"]["arm"] == arm] for arm in ARMS},
+                  margin={arm: [v["margin"] for v in by_seed(cells, arm=arm)] for arm in ARMS},
                   curves=dict(before=of(ARMS[0], "curve", "before")[0], **{arm: of(arm, "curve", "after")[0] for arm in ARMS}))
     save_result("honesty", values, command=COMMAND, config=dict(**SETTINGS, **FULL, bins=BINS, model="bundled", data="polite_pairs, truthfulqa"), seed=seeds,
-                seconds=sum(c["seconds"] for c in cells), what="Calibration, selective honesty, sycophancy and TruthfulQA of held-out categories before and after DPO on three tastes, bundled model")
+                seconds=seconds_of(cells), what="Calibration, selective honesty, sycophancy and TruthfulQA of held-out categories before and after DPO on three tastes, bundled model")
     setup = f"SmolLM2-135M-Instruct, {FULL['train']} pairs, 1 epoch, lr {SETTINGS['learning_rate']:g}; {len(shipped_questions())} questions of the book"
     other = f"the same; {FULL['asked']} TruthfulQA questions of other categories"
     def row(claim, source, paper, values, sign, setup=setup):
-        low, high = bootstrap_interval(values)
-        verdict = "held" if (low > 0 if sign > 0 else high < 0) else "did not hold" if (high < 0 if sign > 0 else low > 0) else "too small to tell"
-        return dict(claim=claim, source=source, paper_figure=paper, setup=setup, ours=sum(values) / len(values), low=low, high=high, seeds=seeds, verdict=verdict, command=COMMAND)
+        return claim_row(claim, source, paper, values, above() if sign > 0 else below(), setup=setup, seeds=seeds, command=COMMAND)
     save_claims("honesty", [
         row("DPO on politeness spoils the calibration of multiple choice (change of the calibration error)", "arXiv:2303.08774 fig. 8 (PPO)", None, change("polite", "ece"), 1),
         row("a judge who likes answers, true or not, makes the model answer more (change of the share)", "formula (33.7)", "up", change("eager", "answers"), 1),
@@ -137,20 +112,11 @@ def record(todo):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no new cell after this long")
-    parser.add_argument("--record", action="store_true", help="write the results and the claims table from the finished cells")
+    parser = options(__doc__, [0, 1, 2])
     parser.add_argument("--small", action="store_true", help="few pairs and questions, to see that it runs; never recorded")
     args = parser.parse_args(argv)
-    try:
-        if args.record: record(configs(args.seeds)); return 0
-        left = work(configs(args.seeds, SMALL if args.small else FULL), args.minutes)
-        print(f"{left} cells left" if left else "all cells are there; add --record", flush=True)
-        return 0
-    except Refusal as no:
-        print(f"{no}", file=sys.stderr)
-        return no.code
+    size = SMALL if args.small and not args.record else FULL
+    return run_or_record(args, lambda: configs(args.seeds, size), lambda todo, minutes: work(todo, cell_path, run, shown, minutes), record)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -9,8 +9,8 @@
 A cell is one arm with one seed. A finished cell is kept under runs/probes/ and not run again, so a stopped run goes on where it was;
 a cell that was made with other settings is made anew. --record refuses while a cell is missing.
 """
-import argparse
 import difflib
+import functools
 import gzip
 import hashlib
 import json
@@ -19,56 +19,29 @@ import sys
 import time
 
 import torch
+from cells import above, below, by_seed, claim_row, gathered, key, options, polite_pairs, run_or_record, seconds_of, seeds_of, work
 
 from dpo_literate.models import load_model, load_tokenizer
-from dpo_literate.results import Refusal, bootstrap_interval, data_dir, repo_dir, save_claims, save_result, write_atomic
+from dpo_literate.results import Refusal, data_dir, repo_dir, save_claims, save_result
 from dpo_literate.rows import encode_pairs
 
 CELLS = repo_dir() / "runs" / "probes"
 
 
-def key(config): return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def cell_path(page, config): return CELLS / f"{page}_{config['arm'].replace(' ', '-')}_{config.get('data', 'all')}_{config['seed']}_{key(config)}.json"
 
 
-def work(page, configs, run, minutes):
-    "Run the cells that are missing until the time is up; how many are left."
-    start, left = time.time(), [c for c in configs if not cell_path(page, c).exists()]
-    print(f"{page}: {len(configs) - len(left)} of {len(configs)} cells are there", flush=True)
-    while left and time.time() - start < 60 * minutes:
-        config, began = left.pop(0), time.time()
-        values = run(config)
-        write_atomic(cell_path(page, config), json.dumps({"config": config, "values": values, "seconds": time.time() - began}))
-        print(f"  {config['arm']}, {config.get('data', '')} seed {config['seed']}: {time.time() - began:.0f} s  {summary(values)}", flush=True)
-    return len(left)
+def path_of(page): return functools.partial(cell_path, page)
 
 
 def summary(values): return ", ".join(f"{k} {v:.3g}" for k, v in values.items() if isinstance(v, float))
 
 
-def gathered(page, configs):
-    missing = [c for c in configs if not cell_path(page, c).exists()]
-    if missing: raise Refusal(f"{len(missing)} cells of {page} are missing, first {missing[0]['arm']} seed {missing[0]['seed']}: run it without --record")
-    return [json.loads(cell_path(page, c).read_text()) for c in configs]
-
-
-def polite_pairs():
-    "Instruction pairs as chats, each with how alike its replies are (share of words kept, 0 to 1)."
-    if data_dir() is None: raise Refusal("no data: set DPO_LITERATE_DATA to the folder that holds polite_pairs")
-    raw = [json.loads(line) for line in (data_dir() / "polite_pairs" / "pairs.jsonl").read_text().splitlines()]
-    kept = [r for r in raw if r["chosen"].strip() != r["rejected"].strip()]
-    def chat(r): return [{"role": "user", "content": r["instruction"] + (f"\n\n{r['input']}" if r["input"] else "")}]
-    def turn(text): return [{"role": "assistant", "content": text}]
-    alike = [difflib.SequenceMatcher(None, r["chosen"].split(), r["rejected"].split()).ratio() for r in kept]
-    return [dict(id=r["id"], prompt=chat(r), chosen=turn(r["chosen"]), rejected=turn(r["rejected"])) for r in kept], alike
-
-
 def split(kind, seed, train, held):
     "Training and held-out pairs: of the 300 pairs whose replies are most alike (near), or of the others (plain)."
-    pairs, alike = polite_pairs()
-    order = sorted(range(len(pairs)), key=lambda i: -alike[i])
+    pairs = polite_pairs()
+    alike = [difflib.SequenceMatcher(None, *(p[side][0]["content"].split() for side in ("chosen", "rejected"))).ratio() for p in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: -alike[i])      # alike: the share of words kept
     pool = order[:300] if kind == "near" else order[300:]
     random.Random(seed).shuffle(pool)
     return [pairs[i] for i in pool[:train]], [pairs[i] for i in pool[train:train + held]]
@@ -136,9 +109,9 @@ def ches_cell(config):
 
 
 def record_displacement(configs):
-    cells = gathered("displacement", configs)
-    seeds = sorted({c["config"]["seed"] for c in cells})
-    def of(arm, kind, name): return [c["values"][name] for c in cells if c["config"]["arm"] == arm and c["config"]["data"] == kind]
+    cells = gathered(configs, path_of("displacement"))
+    seeds = seeds_of(cells)
+    def of(arm, kind, name): return [v[name] for v in by_seed(cells, arm=arm, data=kind)]
     command = "python benchmarks/probes.py displacement --record"
     arms = {kind: list(dict.fromkeys(c["config"]["arm"] for c in cells if c["config"]["data"] == kind)) for kind in KINDS}
     names = [k for k, v in next(c for c in cells if c["config"]["arm"] == "DPO")["values"].items() if k != "path"]
@@ -146,24 +119,20 @@ def record_displacement(configs):
                   paths={kind: {arm: mean_path(of(arm, kind, "path")) for arm in arms[kind]} for kind in KINDS},
                   ches={k: of("CHES", "both", k) for k in ("rho", "rho_near", "rho_plain", "rho_unnormalised", "falls")})
     save_result("displacement", values, command=command, config=dict(**SETTINGS, train=TRAIN, held=HELD, ches_pairs=CHES, kinds=KINDS, model="bundled", data="polite_pairs"),
-                seed=seeds, seconds=sum(c["seconds"] for c in cells), what="Where the probability of held-out polite pairs goes under DPO and its remedies, bundled model, full fine-tuning")
+                seed=seeds, seconds=seconds_of(cells), what="Where the probability of held-out polite pairs goes under DPO and its remedies, bundled model, full fine-tuning")
     setup = f"SmolLM2-135M-Instruct, {TRAIN} polite pairs, 1 epoch, lr {SETTINGS['learning_rate']:g}, {HELD} held out"
     def row(claim, source, paper, values, verdict, setup=setup):
-        low, high = bootstrap_interval(values)
-        return dict(claim=claim, source=source, paper_figure=paper, setup=setup, ours=sum(values) / len(values), low=low, high=high, seeds=seeds,
-                    verdict=verdict(low, high), command=command)
-    def below(low, high): return "held" if high < 0 else "did not hold" if low > 0 else "too small to tell"
-    def above(low, high): return "held" if low > 0 else "did not hold" if high < 0 else "too small to tell"
+        return claim_row(claim, source, paper, values, verdict, setup=setup, seeds=seeds, command=command)
     near, plain = (of("DPO", kind, "chosen") for kind in KINDS)
     def against(arm, kind="near"): return [a - b for a, b in zip(of(arm, kind, "chosen"), of("DPO", kind, "chosen"))]
     save_claims("displacement", [
-        row("DPO makes chosen replies less likely (nat), replies nearly alike", "arXiv:2410.08847 Table 16", "−59.2 / −48.1", near, below),
-        row("DPO makes chosen replies less likely (nat), ordinary pairs", "arXiv:2410.08847 Table 16", "−59.2 / −48.1", plain, below),
-        row("pairs nearly alike displace more: chosen, near minus ordinary (nat)", "arXiv:2410.08847 §5", None, [a - b for a, b in zip(near, plain)], below),
-        row("CHES ranks pairs by the fall of the chosen reply (Spearman's ρ)", "arXiv:2410.08847 §5", None, of("CHES", "both", "rho"), above, f"SmolLM2-135M-Instruct, {CHES} pairs of both kinds, first-order step"),
-        row("a likelihood term raises the chosen reply above DPO's (nat)", "arXiv:2410.08847 Table 16", "+79.4 / +76.7", against("a likelihood term"), above),
-        row("DPOP raises the chosen reply above DPO's (nat)", "arXiv:2402.13228", None, against("DPOP"), above),
-        row("IPO displaces as DPO does: chosen (nat)", "arXiv:2410.08847 Table 3", "alike", of("IPO", "near", "chosen"), below)])
+        row("DPO makes chosen replies less likely (nat), replies nearly alike", "arXiv:2410.08847 Table 16", "−59.2 / −48.1", near, below()),
+        row("DPO makes chosen replies less likely (nat), ordinary pairs", "arXiv:2410.08847 Table 16", "−59.2 / −48.1", plain, below()),
+        row("pairs nearly alike displace more: chosen, near minus ordinary (nat)", "arXiv:2410.08847 §5", None, [a - b for a, b in zip(near, plain)], below()),
+        row("CHES ranks pairs by the fall of the chosen reply (Spearman's ρ)", "arXiv:2410.08847 §5", None, of("CHES", "both", "rho"), above(), f"SmolLM2-135M-Instruct, {CHES} pairs of both kinds, first-order step"),
+        row("a likelihood term raises the chosen reply above DPO's (nat)", "arXiv:2410.08847 Table 16", "+79.4 / +76.7", against("a likelihood term"), above()),
+        row("DPOP raises the chosen reply above DPO's (nat)", "arXiv:2402.13228", None, against("DPOP"), above()),
+        row("IPO displaces as DPO does: chosen (nat)", "arXiv:2410.08847 Table 3", "alike", of("IPO", "near", "chosen"), below())])
 
 
 def mean_path(paths): return [[round(sum(p[i][side] for p in paths) / len(paths), 3) for side in (0, 1)] for i in range(min(map(len, paths)))]
@@ -229,20 +198,16 @@ def tdi_cell(config):
 
 
 def record_tdi(configs):
-    cells = gathered("tdi", configs)
-    seeds, command = sorted({c["config"]["seed"] for c in cells}), "python benchmarks/probes.py tdi --record"
-    def of(arm, name): return [next(c["values"][name] for c in cells if c["config"]["arm"] == arm and c["config"]["seed"] == seed) for seed in seeds]
+    cells = gathered(configs, path_of("tdi"))
+    seeds, command = seeds_of(cells), "python benchmarks/probes.py tdi --record"
+    def of(arm, name): return [v[name] for v in by_seed(cells, arm=arm)]
     names = list(cells[0]["values"])
     save_result("tdi", dict(arms={arm: {name: of(arm, name) for name in names} for arm in ARMS}), command=command,
                 config={k: v for k, v in cells[0]["config"].items() if k not in ("arm", "seed")} | dict(model="bundled", data="polite_pairs"), seed=seeds,
-                seconds=sum(c["seconds"] for c in cells), what="Style TDI (layout form, classes are contents) of held-out answers after DPO with and without penalties of equal trace, bundled model")
+                seconds=seconds_of(cells), what="Style TDI (layout form, classes are contents) of held-out answers after DPO with and without penalties of equal trace, bundled model")
     setup = f"SmolLM2-135M-Instruct, {TRAIN} polite pairs, 1 epoch, lr {SETTINGS['learning_rate']:g}; {CONTENTS} held-out answers in {len(STYLED) + 1} styles"
     def row(claim, paper, values, verdict):
-        low, high = bootstrap_interval(values)
-        return dict(claim=claim, source="arXiv:2605.22800", paper_figure=paper, setup=setup, ours=sum(values) / len(values), low=low, high=high, seeds=seeds,
-                    verdict=verdict(low, high), command=command)
-    def above(x): return lambda low, high: "held" if low > x else "did not hold" if high < x else "too small to tell"
-    def below(x): return lambda low, high: "held" if high < x else "did not hold" if low > x else "too small to tell"
+        return claim_row(claim, "arXiv:2605.22800", paper, values, verdict, setup=setup, seeds=seeds, command=command)
     def gap(a, b, name="change"): return [x - y for x, y in zip(of(a, name), of(b, name))]
     save_claims("tdi", [
         row("DPO raises Style TDI (after over before)", "≈ 1.3", of("DPO", "change"), above(1.)),
@@ -305,21 +270,18 @@ def refusal_cell(config):
 
 
 def record_refusal(configs):
-    cells = gathered("refusal", configs)
-    seeds, command = sorted({c["config"]["seed"] for c in cells}), "python benchmarks/probes.py refusal --record"
-    def at(arm, epochs, name): return [next(c["values"]["epochs"][str(epochs)][name] for c in cells if c["config"]["arm"] == arm and c["config"]["seed"] == seed) for seed in seeds]
+    cells = gathered(configs, path_of("refusal"))
+    seeds, command = seeds_of(cells), "python benchmarks/probes.py refusal --record"
+    def at(arm, epochs, name): return [v["epochs"][str(epochs)][name] for v in by_seed(cells, arm=arm)]
     states = [("before", "before", 0), *((f"refuse, {e} epoch{'s' * (e > 1)}", "refuse", e) for e in EPOCHS), *((arm, arm, 2) for arm in REFUSAL_ARMS if arm not in ("before", "refuse"))]
     names = ("safe_refused", "unsafe_refused", "safe_lean", "unsafe_lean")
     save_result("refusal", dict(states={label: {name: at(arm, e, name) for name in names} for label, arm, e in states},
                                 replies={label: at(arm, e, "replies")[0] for label, arm, e in states}), command=command,
                 config=dict(**SAFETY, epochs=EPOCHS, betas=(.1, *BETAS), calibration=(0, *TWINS), limit=LIMIT, pairs=24, held_out=24, model="bundled"), seed=seeds,
-                seconds=sum(c["seconds"] for c in cells), what="Share of held-out harmless and harmful prompts refused before and after DPO on safety pairs, bundled model, full fine-tuning")
+                seconds=seconds_of(cells), what="Share of held-out harmless and harmful prompts refused before and after DPO on safety pairs, bundled model, full fine-tuning")
     setup = f"SmolLM2-135M-Instruct, 24 safety pairs, lr {SAFETY['learning_rate']:g}, β 0.1, 2 epochs unless said; 24 held-out prompts a side, {LIMIT} tokens"
     def row(claim, source, paper, values, wanted):
-        low, high = bootstrap_interval(values)
-        sure = low > 0 or high < 0
-        return dict(claim=claim, source=source, paper_figure=paper, setup=setup, ours=sum(values) / len(values), low=low, high=high, seeds=seeds,
-                    verdict="too small to tell" if not sure else "held" if (low > 0) == (wanted > 0) else "did not hold", command=command)
+        return claim_row(claim, source, paper, values, above() if wanted > 0 else below(), setup=setup, seeds=seeds, command=command)
     def gap(a, b, name): return [x - y for x, y in zip(at(*a, name), at(*b, name))]
     start, two = ("before", 0), ("refuse", 2)
     save_claims("refusal", [
@@ -352,23 +314,13 @@ PAGES = {"displacement": (displacement_configs, displacement_cell, record_displa
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("page", choices=PAGES)
-    parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--arms", nargs="+", help="run only these arms")
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no new cell after this long")
-    parser.add_argument("--record", action="store_true", help="write the results and the claims table from the finished cells")
     args = parser.parse_args(argv)
-    configs, run, record, seeds = PAGES[args.page]
-    try:
-        todo = [c for c in configs(args.seeds or list(seeds)) if not args.arms or args.record or c["arm"] in args.arms]
-        if args.record: record(todo); return 0
-        left = work(args.page, todo, run, args.minutes)
-        print(f"{left} cells left" if left else "all cells are there; add --record", flush=True)
-        return 0
-    except Refusal as no:
-        print(f"{no}", file=sys.stderr)
-        return no.code
+    configs, cell, record, seeds = PAGES[args.page]
+    def chosen(): return [c for c in configs(args.seeds or list(seeds)) if not args.arms or args.record or c["arm"] in args.arms]
+    return run_or_record(args, chosen, lambda todo, minutes: work(todo, path_of(args.page), cell, summary, minutes), record)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -6,9 +6,7 @@
 A cell is one arm with one seed, kept under runs/secalign/. A finished cell is not run again, so a stopped run goes on where it was; a cell made with other
 settings is made anew. --record refuses while a cell is missing. Tasks of training and of testing share no instruction.
 """
-import argparse
 import gzip
-import hashlib
 import json
 import random
 import sys
@@ -16,6 +14,7 @@ import time
 from collections import defaultdict
 
 import torch
+from cells import above, below, by_seed, gathered, key, options, run_or_record, seconds_of, seeds_of, work
 
 from dpo_literate.models import load_model, load_tokenizer
 from dpo_literate.results import Refusal, bootstrap_interval, data_dir, repo_dir, save_claims, save_result, write_atomic
@@ -30,9 +29,6 @@ TWO, FIVE = ("completion_real", "completion_realcmb"), ("naive", "ignore", "esca
 TRAINING = dict(train=144, held=16, per_instruction=4, prompt_tokens=48, reply_tokens=20, own_limit=20, batch=8, epochs=1., sft_lr=4e-4, dpo_lr=6e-4, beta=.1, rank=16, alpha=32)
 TESTING = dict(limit=12, utility_limit=20, gcg=dict(tasks=2, steps=10, length=10, top_k=64, width=24))
 SETTINGS = {**TRAINING, **TESTING}
-
-
-def key(config): return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def name_of(arm, seed): return f"{arm.replace(' ', '-').replace(',', '')}_{seed}"
@@ -131,18 +127,9 @@ def cell(config):
                 said={n: f["replies"][0] for n, f in found.items()}, gcg=[{k: round(v, 2) if isinstance(v, float) else v for k, v in g.items()} for g in searched])
 
 
-def work(configs, minutes):
-    "Run the cells that are missing until the time is up; how many are left."
-    begun, left = time.time(), [c for c in configs if not cell_path(c).exists()]
-    print(f"{len(configs) - len(left)} of {len(configs)} cells are there", flush=True)
-    while left and time.time() - begun < 60 * minutes:
-        config, at, cpu = left.pop(0), time.time(), time.process_time()
-        values = cell(config)
-        seconds = time.process_time() - cpu
-        write_atomic(cell_path(config), json.dumps({"config": config, "values": values, "seconds": seconds}))
-        print(f"  {config['arm']}, seed {config['seed']}: {time.time() - at:.0f} s, {seconds:.0f} s of one core  max ASR {values['max']:.2f}, inside {values['max_contain']:.2f}, "
-              f"overlap {values['overlap']:.2f}, GCG {[(g['before'], g['after'], g['begin']) for g in values['gcg']]}", flush=True)
-    return len(left)
+def shown(values):
+    return (f"max ASR {values['max']:.2f}, inside {values['max_contain']:.2f}, overlap {values['overlap']:.2f}, "
+            f"GCG {[(g['before'], g['after'], g['begin']) for g in values['gcg']]}")
 
 
 # ------------------------------------------------------------ the record
@@ -151,15 +138,13 @@ COMMAND = "python benchmarks/secalign.py --record"
 
 
 def record(configs):
-    missing = [c for c in configs if not cell_path(c).exists()]
-    if missing: raise Refusal(f"{len(missing)} cells are missing, first {missing[0]['arm']} seed {missing[0]['seed']}: run it without --record")
-    cells = [json.loads(cell_path(c).read_text()) for c in configs]
-    seeds = sorted({c["config"]["seed"] for c in cells})
-    def of(arm, name): return [next(c["values"][name] for c in cells if c["config"]["arm"] == arm and c["config"]["seed"] == s) for s in seeds]
+    cells = gathered(configs, cell_path)
+    seeds = seeds_of(cells)
+    def of(arm, name): return [v[name] for v in by_seed(cells, arm=arm)]
     names = ("max", "max_contain", "begin", "contain", "overlap", "utility", "gcg", "log", "said")
     arms = {arm: {name: of(arm, name) if name != "said" else of(arm, name)[0] for name in names} for arm in ARMS}
     save_result("secalign", dict(arms=arms, held=SETTINGS["held"]), command=COMMAND, config=dict(SETTINGS, model="bundled", data="instruction_input", attacks=list(ATTACKS)),
-                seed=seeds, seconds=sum(c["seconds"] for c in cells), what="Attack success and utility of SmolLM2-135M-Instruct undefended, with prompts, StruQ, SecAlign and SecAlign++")
+                seed=seeds, seconds=seconds_of(cells), what="Attack success and utility of SmolLM2-135M-Instruct undefended, with prompts, StruQ, SecAlign and SecAlign++")
     save_claims("secalign", claims(of, seeds))
 
 
@@ -180,8 +165,6 @@ def claims(of, seeds):
     def row(claim, source, paper, ours, low, high, verdict):
         return dict(claim=claim, source=source, paper_figure=paper, setup=setup, ours=ours, low=low, high=high, seeds=seeds, verdict=verdict(low, high), command=COMMAND)
     def mean(values): return [sum(values) / len(values), *bootstrap_interval(values)]
-    def below(x): return lambda low, high: "held" if high < x else "did not hold" if low > x else "too small to tell"
-    def above(x): return lambda low, high: "held" if low > x else "did not hold" if high < x else "too small to tell"
     def kept(arm): return [x - y for a, b in zip(of(arm, "utility"), of("undefended", "utility")) for x, y in zip(a, b)]
     def after(arm): return [sum(g["after"] for g in some) / len(some) for some in of(arm, "gcg")]
     def won(arm): return [float(g["begin"]) for some in of(arm, "gcg") for g in some]
@@ -205,22 +188,12 @@ def claims(of, seeds):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = options(__doc__, [0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--minutes", type=float, default=1e9, help="start no new cell after this long")
-    parser.add_argument("--record", action="store_true", help="write the results and the claims table from the finished cells")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    configs = [config_of(arm, seed) for seed in args.seeds for arm in args.arms]
-    try:
-        if args.record: record(configs); return 0
-        left = work(configs, args.minutes)
-        print(f"{left} cells left" if left else "all cells are there; add --record", flush=True)
-        return 0
-    except Refusal as no:
-        print(f"{no}", file=sys.stderr)
-        return no.code
+    def run(todo, minutes): return work(todo, cell_path, cell, shown, minutes, time.process_time)   # seconds of one core are kept
+    return run_or_record(args, lambda: [config_of(arm, seed) for seed in args.seeds for arm in args.arms], run, record)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -11,9 +11,8 @@ __all__ = ['LEVELS', 'PAIRS', 'SCHEDULES', 'WORDS', 'REQUESTS', 'FAMILIES', 'REF
            'tables_of', 'add_delimiters', 'messages_of', 'offsets_of', 'hierarchy_rows', 'ranked', 'turns_of',
            'prompt_of', 'train_rows', 'SegmentEmbedding', 'segments_of', 'add_segments', 'hierarchy_policy',
            'hierarchy_state', 'load_hierarchy_state', 'save_hierarchy', 'load_hierarchy', 'HierarchyTrainer',
-           'KeepBest', 'in_stage', 'train_hierarchy', 'replies_to', 'base_of', 'put_back_segments', 'load_any_rank',
-           'drawn_items', 'turned_over', 'shares_table', 'judged_items', 'named_pairs', 'write_judgement',
-           'main_hierarchy']
+           'KeepBest', 'in_stage', 'train_hierarchy', 'replies_to', 'put_back_segments', 'load_any_rank', 'drawn_items',
+           'turned_over', 'shares_table', 'judged_items', 'named_pairs', 'write_judgement', 'main_hierarchy']
 
 # %% ../nbs/21_hierarchy.ipynb #83d156b0
 import argparse, math, random, re
@@ -31,7 +30,7 @@ from tqdm.auto import tqdm
 from transformers import AddedToken, AutoTokenizer, PrinterCallback, TrainerCallback
 from .align import sample_batch
 from .logps import unwrapped
-from .models import BUNDLED, load_model, load_tokenizer, resolve_model
+from .models import adapter_base, load_model, load_tokenizer, put_on, resolve_model
 from .results import Refusal, to_json, write_atomic
 from .rows import Row, control_ids, encode_prompt, encode_reply
 from .trainer import DPOConfig, DPOTrainer
@@ -733,17 +732,6 @@ def _fits(model, prompts, limit):
         raise Refusal(f"a prompt of {longest} tokens and a reply of {limit}: the model reads no more than {most}")
 
 # %% ../nbs/21_hierarchy.ipynb #a1c0de03
-def base_of(
-    folder:Path,   # what the user wrote
-)->str|None:       # the model that an adapter belongs on; None: not an adapter
-    "Where an adapter's base is to be found."
-    path = folder / "adapter_config.json"
-    if not path.is_file(): return None
-    from peft import PeftConfig
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    if not base: raise Refusal(f"{path} does not say which model it belongs on")
-    return "bundled" if Path(base).name == BUNDLED else str(base)
-
 def put_back_segments(model, tokenizer, folder:Path)->None:
     "The segment embedding of a model that was saved whole."
     for path in folder.glob("*.safetensors"):
@@ -757,19 +745,15 @@ def load_any_rank(
 ):                 # the model, on the GPU where there is one, and its tokenizer
     "Load what is to be judged, as it would be used."
     folder = Path(name).expanduser()
-    base = base_of(folder)
+    base = adapter_base(folder)
     if base and (folder / "hierarchy.safetensors").is_file():
         model, tokenizer = load_hierarchy(load_model(base), folder, merge=True)
     else:
         tokenizer, model = load_tokenizer(base or name), load_model(base or name)
         put_back_segments(model, tokenizer, Path(resolve_model(base or name)))
-        if base: model = _adapted(model, folder)
+        if base: model = put_on(model, folder)
     if not tokenizer.chat_template: raise Refusal(f"{name} has no chat template to be asked in")
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
-def _adapted(model, folder):
-    from peft import PeftModel
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 # %% ../nbs/21_hierarchy.ipynb #a1c0de05
 def drawn_items(

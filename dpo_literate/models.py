@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PICKLES', 'BUNDLED', 'DTYPES', 'TINY', 'check_folder', 'has_code', 'cache_dir', 'bundled_gguf', 'convert_bundled',
            'write_folder', 'resolve_model', 'resolve_bundled', 'load_model', 'unreachable', 'no_dropout',
-           'load_tokenizer', 'tiny_config', 'tiny_model', 'shared_storage', 'weights_hash', 'model_identity',
-           'FrozenReference', 'put_back', 'AdapterOff', 'read_reference', 'CachedReference', 'table_path', 'table_sha',
-           'save_table', 'load_table', 'MovingReference']
+           'load_tokenizer', 'tiny_config', 'tiny_model', 'adapter_base', 'put_on', 'shared_storage', 'weights_hash',
+           'model_identity', 'FrozenReference', 'put_back', 'AdapterOff', 'read_reference', 'CachedReference',
+           'table_path', 'table_sha', 'save_table', 'load_table', 'MovingReference']
 
 # %% ../nbs/09_models.ipynb #a66fc782
 import contextlib, hashlib, importlib.util, json, os, shutil, tempfile
@@ -191,6 +191,35 @@ def tiny_model(
         for p in model.parameters():
             if p.dim() > 1: p.mul_(scale)
     return no_dropout(model).eval()
+
+# %% ../nbs/09_models.ipynb #3e014748
+def adapter_base(
+    name:str|Path,   # what the user wrote
+)->str|None:         # the model an adapter folder belongs on; None: not an adapter
+    "Where an adapter's base is to be found."
+    path = Path(name).expanduser() / "adapter_config.json"
+    if not path.is_file(): return None
+    try: base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError): raise Refusal(f"{path} is not a JSON object") from None
+    if not isinstance(base, str) or not base:
+        raise Refusal(f"{path} does not say which model it belongs on (base_model_name_or_path)")
+    if not (path.parent / "adapter_model.safetensors").is_file():
+        raise Refusal(f"adapter folder {name} holds no adapter_model.safetensors")
+    if Path(base).is_dir(): return base
+    if (path.parent / base).is_dir(): return str(path.parent / base)
+    return "bundled" if Path(base).name == BUNDLED else base
+
+# %% ../nbs/09_models.ipynb #5c1e7a92
+def put_on(
+    base_model,      # as loaded
+    name:str|Path,   # an adapter's folder
+):                   # the model with the adapter merged in
+    "An adapter on its base, or a refusal where it does not fit."
+    from peft import PeftModel
+    try: return PeftModel.from_pretrained(base_model, str(Path(name).expanduser())).merge_and_unload()
+    except (RuntimeError, ValueError, KeyError) as why:
+        said = " ".join(str(why).split())[:160]
+        raise Refusal(f"adapter {name} does not fit the model it names: {said}") from None
 
 # %% ../nbs/09_models.ipynb #c8f1ecd2
 def shared_storage(
