@@ -26,7 +26,8 @@ WORDS = tuple(name for name in DEFENCES if name != "none")
 ARMS = TRAINED + ("no front end", *WORDS, "SecAlign, half dial")
 SEARCHED = ("undefended", "StruQ", "SecAlign", "SecAlign++")
 TWO, FIVE = ("completion_real", "completion_realcmb"), ("naive", "ignore", "escape_separation", "completion_other", "completion_othercmb")
-TRAINING = dict(train=144, held=16, per_instruction=4, prompt_tokens=48, reply_tokens=20, own_limit=20, batch=8, epochs=1., sft_lr=4e-4, dpo_lr=6e-4, beta=.1, rank=16, alpha=32)
+# size and rate of the preference stage: tried on seed 9, which the record leaves out
+TRAINING = dict(train=432, undefended=144, held=16, per_instruction=8, prompt_tokens=48, reply_tokens=20, own_limit=20, batch=8, epochs=1., sft_lr=4e-4, dpo_lr=3e-4, beta=.1, rank=16, alpha=32)
 TESTING = dict(limit=12, utility_limit=20, gcg=dict(tasks=2, steps=10, length=10, top_k=64, width=24))
 SETTINGS = {**TRAINING, **TESTING}
 
@@ -81,7 +82,8 @@ def adapter(arm, seed, tokenizer, rows):
     begun = time.process_time()
     if arm in ("undefended", "StruQ"):
         shares = dict(clean=1.) if arm == "undefended" else dict(clean=.5, completion=.5)
-        train(load_model("bundled"), tokenizer, secalign_pairs(rows, tokenizer, seed=seed, **shares), seed, "sft", TRAINING["sft_lr"], "all-linear", folder)
+        some = rows[:TRAINING["undefended"]] if arm == "undefended" else rows
+        train(load_model("bundled"), tokenizer, secalign_pairs(some, tokenizer, seed=seed, **shares), seed, "sft", TRAINING["sft_lr"], "all-linear", folder)
     else:
         if arm == "SecAlign++": rows = own_replies(undefended(seed, tokenizer, rows).bfloat16(), tokenizer, rows, TRAINING["own_limit"])
         pairs = secalign_pairs(rows, tokenizer, places=("end",) if arm == "SecAlign" else PLACES, seed=seed)
@@ -96,13 +98,14 @@ def undefended(seed, tokenizer, rows):
     return PeftModel.from_pretrained(load_model("bundled"), adapter("undefended", seed, tokenizer, rows)).merge_and_unload().eval()
 
 
-def victim(arm, seed, tokenizer, rows):
-    "The model of an arm, in bfloat16, its adapter on where it has one."
+def victim(arm, seed, tokenizer, rows, dial=False):
+    "The model of an arm, in bfloat16; with a dial its adapter stays beside it."
     from peft import PeftModel
-    if arm == "StruQ": return PeftModel.from_pretrained(load_model("bundled"), adapter(arm, seed, tokenizer, rows)).eval().bfloat16()
+    if arm == "StruQ": return PeftModel.from_pretrained(load_model("bundled"), adapter(arm, seed, tokenizer, rows)).merge_and_unload().eval().bfloat16()
     base = undefended(seed, tokenizer, rows)
     if arm == "undefended": return base.bfloat16()
-    return PeftModel.from_pretrained(base, adapter(arm, seed, tokenizer, rows)).eval().bfloat16()
+    model = PeftModel.from_pretrained(base, adapter(arm, seed, tokenizer, rows)).eval()
+    return (model if dial else model.merge_and_unload()).bfloat16()   # a merged model answers faster
 
 
 def cell(config):
@@ -114,7 +117,7 @@ def cell(config):
     rows, held = tasks(seed, tokenizer)
     half, words = arm == "SecAlign, half dial", arm in WORDS
     of = "SecAlign" if half else "undefended" if words or arm == "no front end" else arm
-    model, folder = victim(of, seed, tokenizer, rows), adapter(of, seed, tokenizer, rows)
+    model, folder = victim(of, seed, tokenizer, rows, half), adapter(of, seed, tokenizer, rows)
     attacks = TWO if arm == "no front end" else FIVE if words or half else tuple(ATTACKS)
     how = dict(defence=arm if words else "none")
     with rescale_adapter_scale(model, .5) if half else nullcontext():

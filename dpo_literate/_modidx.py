@@ -1103,6 +1103,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'dpo_literate.results.data_dir': ('results.html#data_dir', 'dpo_literate/results.py'),
                                       'dpo_literate.results.device_name': ('results.html#device_name', 'dpo_literate/results.py'),
                                       'dpo_literate.results.load_result': ('results.html#load_result', 'dpo_literate/results.py'),
+                                      'dpo_literate.results.new_folder': ('results.html#new_folder', 'dpo_literate/results.py'),
                                       'dpo_literate.results.provenance': ('results.html#provenance', 'dpo_literate/results.py'),
                                       'dpo_literate.results.repo_dir': ('results.html#repo_dir', 'dpo_literate/results.py'),
                                       'dpo_literate.results.result_problems': ('results.html#result_problems', 'dpo_literate/results.py'),

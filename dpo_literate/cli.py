@@ -178,13 +178,11 @@ def train(
     started = time.perf_counter()
     quiet()
     own, settings = train_options(args, rest)
+    from dpo_literate.results import Refusal, new_folder
     out = Path(own["out"])
-    if out.exists() and not own["resume"] and any(out.iterdir() if out.is_dir() else [out]):
-        from dpo_literate.results import Refusal
-        raise Refusal(f"--out {out} is not empty: choose another folder, or --resume")
+    if not own["resume"]: new_folder(out, "choose another --out, or --resume")
     from dpo_literate.align import hold_out
     from dpo_literate.models import load_tokenizer
-    from dpo_literate.results import Refusal
     tokenizer = load_tokenizer(own["model"])
     rows, counts = rows_of(own["data"], own, settings, tokenizer)
     rows = rows[:own["first"] or None]

@@ -31,7 +31,7 @@ from transformers import AddedToken, AutoTokenizer, PrinterCallback, TrainerCall
 from .align import sample_batch
 from .logps import unwrapped
 from .models import adapter_base, load_model, load_tokenizer, put_on, resolve_model
-from .results import Refusal, to_json, write_atomic
+from .results import Refusal, new_folder, to_json, write_atomic
 from .rows import Row, control_ids, encode_prompt, encode_reply
 from .trainer import DPOConfig, DPOTrainer
 
@@ -826,9 +826,7 @@ def main_hierarchy(
     args:argparse.Namespace, # model, out, upside_down, and the numbers of `drawn_items`
 )->int:                      # 0
     "Ask a model who may overrule whom, and write what it did."
-    out, items = Path(args.out), drawn_items(args)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise Refusal(f"{out} is not empty: give --out a new folder")
+    out, items = new_folder(args.out), drawn_items(args)
     model, tokenizer = load_any_rank(args.model)
     replies = replies_to(model, tokenizer, items, args.limit, args.batch)
     found = hierarchy_metrics(items, replies) | named_pairs(items, replies)

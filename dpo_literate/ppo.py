@@ -24,7 +24,7 @@ from .logps import head_answers, linear_logps, unwrapped
 from .losses import dpo_loss
 from .models import load_model, load_tokenizer, no_dropout, write_folder
 from .plots import COLORS, finish, new_fig
-from .results import Refusal, provenance, to_json, write_atomic
+from .results import Refusal, new_folder, provenance, to_json, write_atomic
 from .reward_model import load_reward_model, score_texts
 from .rows import encode_prompt
 from .trainer import epoch_order
@@ -637,7 +637,9 @@ def main_ppo(
     args:argparse.Namespace, # as for `ppo_from`, and resume
 )->int:                      # 0
     "Train a policy by PPO; write it with a report of what it gained at what KL."
-    run, out, start = ppo_from(args), Path(args.output), time.perf_counter()
+    out, start = Path(args.output), time.perf_counter()
+    if not args.resume: new_folder(out, "choose another --out, or --resume")
+    run = ppo_from(args)
     state = out / "state.safetensors"
     if args.resume and state.exists(): load_state(run, state)
     before = sample_text(run) if not run.done else None

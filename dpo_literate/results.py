@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXIT_CODES', 'PACKAGES', 'MAX_BYTES', 'FIELDS', 'CLAIM_FIELDS', 'VERDICTS', 'HEADS', 'Refusal', 'repo_dir',
-           'results_dir', 'data_dir', 'write_atomic', 'versions', 'commit', 'device_name', 'provenance', 'to_json',
-           'save_result', 'load_result', 'result_problems', 'claim_problems', 'bootstrap_interval', 'save_claims',
-           'ClaimsTable', 'claims_table']
+           'results_dir', 'data_dir', 'write_atomic', 'new_folder', 'versions', 'commit', 'device_name', 'provenance',
+           'to_json', 'save_result', 'load_result', 'result_problems', 'claim_problems', 'bootstrap_interval',
+           'save_claims', 'ClaimsTable', 'claims_table']
 
 # %% ../nbs/00b_results.ipynb #c42101f6
 import datetime, html, importlib.metadata, json, math, os, platform, re
@@ -72,6 +72,17 @@ def write_atomic(
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+# %% ../nbs/00b_results.ipynb #c1f0a7d3
+def new_folder(
+    out:str|Path,                       # where results are to go
+    remedy:str="choose another folder", # what the caller can do about it
+)->Path:                                # the same; nothing has been made yet
+    "Refuse a place where something lies already."
+    out = Path(out)
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise Refusal(f"{out} is not empty: {remedy}")
+    return out
 
 # %% ../nbs/00b_results.ipynb #47716814
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "trl",

@@ -23,7 +23,7 @@ from .models import (DTYPES, load_model, load_tokenizer, no_dropout, resolve_mod
                                  unreachable, write_folder)
 from .packing import attention_for, pack_rows
 from .plots import COLORS, finish, new_fig
-from .results import Refusal, bootstrap_interval, provenance, to_json, write_atomic
+from .results import Refusal, bootstrap_interval, new_folder, provenance, to_json, write_atomic
 from .reward import bt_loss
 from .rows import encode_prompt, encode_reply
 from .trainer import EpochOrder, StepGuard, as_batch, prepare_rows, setting
@@ -382,7 +382,8 @@ def main_reward_train(
     args:argparse.Namespace, # model, data, eval, output, epochs, lr, rank, batch, max_length, seed
 )->int:                      # 0
     "Train a reward model, and write it with a report of how right it is."
-    start, out, trainer = time.perf_counter(), Path(args.output), reward_trainer(args)
+    start, out = time.perf_counter(), new_folder(args.output)
+    trainer = reward_trainer(args)
     trainer.train()
     rows = trainer.eval_dataset or trainer.train_dataset
     scores = pair_scores(trainer.model, rows, trainer.pieces)

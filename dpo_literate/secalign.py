@@ -22,7 +22,7 @@ from .align import sample_batch
 from .hierarchy import reserved_tokens, share_interval, strip_reserved
 from .logps import unwrapped
 from .preferences import parse_json, read_lines
-from .results import Refusal, to_json, write_atomic
+from .results import Refusal, new_folder, to_json, write_atomic
 from .rows import control_ids, encode_prompt, encode_text, render
 
 # %% ../nbs/22_secalign.ipynb #f9e2ef4e
@@ -561,8 +561,7 @@ def main_attack(
 )->int:                      # 0
     "Attack a model and write what held."
     from dpo_literate.models import load_model, load_tokenizer
-    out = Path(args.out)
-    if out.exists() and any(out.iterdir()): raise Refusal(f"{out} is not empty: give --out a new folder")
+    out = new_folder(args.out)
     rows = (check_tasks(shipped_tasks()) if args.tasks is None else read_tasks(args.tasks))[:args.first]
     tokenizer, model = load_tokenizer(args.model), load_model(args.model)
     found = attack_suite(model, tokenizer, rows, defence=args.defence, filtered=not args.raw, limit=args.limit, seed=args.seed)

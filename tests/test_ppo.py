@@ -334,6 +334,8 @@ def test_the_command(tmp_path):
     args.steps = 3
     assert main_ppo(args) == 0
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())["values"]["history"]) == 3
+    args.resume = False
+    with pytest.raises(Refusal, match="out is not empty.*--resume"): main_ppo(args)
 
 
 def test_rewards_by_name(tmp_path):

@@ -156,3 +156,4 @@ def test_the_command_writes_a_model_and_a_report(tmp_path):
     assert report["values"]["accuracy"]["n"] == 7 and report["values"]["held_out"] and (tmp_path / "out" / "report.png").stat().st_size > 1000
     saved = load_reward_model(tmp_path / "out" / "model")
     assert saved.config.reward_scale > 0 and score_texts(saved, TOKENIZER, ["the cat"], ["sat"]).isfinite().all()
+    with pytest.raises(Refusal, match="out is not empty"): main_reward_train(args)
