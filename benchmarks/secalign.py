@@ -27,7 +27,7 @@ ARMS = TRAINED + ("no front end", *WORDS, "SecAlign, half dial")
 SEARCHED = ("undefended", "StruQ", "SecAlign", "SecAlign++")
 TWO, FIVE = ("completion_real", "completion_realcmb"), ("naive", "ignore", "escape_separation", "completion_other", "completion_othercmb")
 # size and rate of the preference stage: tried on seed 9, which the record leaves out
-TRAINING = dict(train=432, undefended=144, held=16, per_instruction=8, prompt_tokens=48, reply_tokens=20, own_limit=20, batch=8, epochs=1., sft_lr=4e-4, dpo_lr=3e-4, beta=.1, rank=16, alpha=32)
+TRAINING = dict(train=432, held=16, per_instruction=8, prompt_tokens=48, reply_tokens=20, own_limit=20, batch=8, epochs=1., sft_lr=4e-4, dpo_lr=3e-4, beta=.1, rank=16, alpha=32)
 TESTING = dict(limit=12, utility_limit=20, gcg=dict(tasks=2, steps=10, length=10, top_k=64, width=24))
 SETTINGS = {**TRAINING, **TESTING}
 
@@ -82,8 +82,7 @@ def adapter(arm, seed, tokenizer, rows):
     begun = time.process_time()
     if arm in ("undefended", "StruQ"):
         shares = dict(clean=1.) if arm == "undefended" else dict(clean=.5, completion=.5)
-        some = rows[:TRAINING["undefended"]] if arm == "undefended" else rows
-        train(load_model("bundled"), tokenizer, secalign_pairs(some, tokenizer, seed=seed, **shares), seed, "sft", TRAINING["sft_lr"], "all-linear", folder)
+        train(load_model("bundled"), tokenizer, secalign_pairs(rows, tokenizer, seed=seed, **shares), seed, "sft", TRAINING["sft_lr"], "all-linear", folder)
     else:
         if arm == "SecAlign++": rows = own_replies(undefended(seed, tokenizer, rows).bfloat16(), tokenizer, rows, TRAINING["own_limit"])
         pairs = secalign_pairs(rows, tokenizer, places=("end",) if arm == "SecAlign" else PLACES, seed=seed)

@@ -10,7 +10,7 @@ __all__ = ['PICKLES', 'BUNDLED', 'DTYPES', 'TINY', 'check_folder', 'has_code', '
            'table_path', 'table_sha', 'save_table', 'load_table', 'MovingReference']
 
 # %% ../nbs/09_models.ipynb #a66fc782
-import contextlib, hashlib, importlib.util, json, os, shutil, tempfile
+import contextlib, errno, hashlib, importlib.util, json, os
 from pathlib import Path
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTr
                           PreTrainedTokenizerBase)
 from .logps import Batch, unwrapped
 from .packing import packed_reply_logps
-from .results import Refusal, write_atomic
+from .results import Refusal, folder_beside, fsync, write_atomic
 
 # %% ../nbs/09_models.ipynb #fba94187
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -84,16 +84,14 @@ def write_folder(
     model:PreTrainedModel,              # its weights
     tokenizer:PreTrainedTokenizerBase,  # its tokenizer
 )->Path:                                # the folder
-    "Save a model so that its folder is complete or absent."
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    "Save a model so that its folder is complete or absent; a model that is there already stays."
     try:
-        model.save_pretrained(beside); tokenizer.save_pretrained(beside)
-        os.chmod(beside, 0o755)
-        try: os.rename(beside, folder)
-        except OSError:
-            if not (folder / "config.json").is_file(): raise
-    finally: shutil.rmtree(beside, ignore_errors=True)
+        with folder_beside(folder) as beside:
+            model.save_pretrained(beside); tokenizer.save_pretrained(beside)
+            for path in beside.rglob("*"): fsync(path)
+    except OSError as why:
+        taken = why.errno in (errno.ENOTEMPTY, errno.EEXIST)
+        if not (taken and (folder / "config.json").is_file()): raise
     return folder
 
 # %% ../nbs/09_models.ipynb #97b5fc63

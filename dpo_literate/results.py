@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['EXIT_CODES', 'PACKAGES', 'MAX_BYTES', 'FIELDS', 'CLAIM_FIELDS', 'VERDICTS', 'HEADS', 'Refusal', 'repo_dir',
-           'results_dir', 'data_dir', 'write_atomic', 'new_folder', 'versions', 'commit', 'device_name', 'provenance',
-           'to_json', 'save_result', 'load_result', 'result_problems', 'claim_problems', 'bootstrap_interval',
-           'save_claims', 'ClaimsTable', 'claims_table']
+           'results_dir', 'data_dir', 'write_atomic', 'fsync', 'folder_beside', 'new_folder', 'versions', 'commit',
+           'device_name', 'provenance', 'to_json', 'save_result', 'load_result', 'result_problems', 'claim_problems',
+           'bootstrap_interval', 'save_claims', 'ClaimsTable', 'claims_table']
 
 # %% ../nbs/00b_results.ipynb #c42101f6
-import datetime, html, importlib.metadata, json, math, os, platform, re
-import subprocess, tempfile
+import contextlib, datetime, html, importlib.metadata, json, math, os, platform, re
+import shutil, subprocess, tempfile
 from pathlib import Path
 import torch
 
@@ -72,6 +72,29 @@ def write_atomic(
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+# %% ../nbs/00b_results.ipynb #d2a4b6c1
+def fsync(
+    path:Path, # a file or a folder
+)->None:
+    "Wait until it is on the disk itself."
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+@contextlib.contextmanager
+def folder_beside(
+    folder:Path, # where it is to be; free, or an empty folder
+):               # yields the folder to fill
+    "Fill a folder that will be there complete, or not at all."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield beside
+        os.chmod(beside, 0o755)
+        os.rename(beside, folder)
+        fsync(folder.parent)
+    finally: shutil.rmtree(beside, ignore_errors=True)
 
 # %% ../nbs/00b_results.ipynb #c1f0a7d3
 def new_folder(
