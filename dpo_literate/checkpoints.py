@@ -6,10 +6,11 @@
 __all__ = ['log', 'MANIFEST', 'FIXED', 'CONTRACT', 'fingerprint', 'render', 'seal', 'write_folder_atomic', 'disk_errors',
            'fault_of', 'read_manifest', 'damaged', 'verify', 'checkpoints', 'latest', 'sweep', 'set_aside', 'free_name',
            'rotate', 'discard', 'pack', 'unpack', 'check_finite', 'save_state', 'load_state', 'load_optimizer',
-           'rng_state', 'set_rng_state', 'save_weights', 'load_weights', 'load_adapters', 'state_bytes',
-           'predicted_bytes', 'state_share', 'started', 'RunLock', 'alone', 'Stopped', 'signals', 'append_line',
-           'tokenizer_hash', 'disagreements', 'RunContract', 'FillsCheckpoints', 'SavesCheckpoints', 'ChecksSpace',
-           'export', 'LoadsCheckpoints', 'Keeper', 'Ranks', 'FindsCheckpoints', 'SafeCheckpoints']
+           'rng_state', 'set_rng_state', 'in_shards', 'gather_state', 'spread_weights', 'spread_optimizer',
+           'save_weights', 'load_weights', 'load_adapters', 'state_bytes', 'predicted_bytes', 'state_share', 'started',
+           'RunLock', 'alone', 'Stopped', 'signals', 'append_line', 'tokenizer_hash', 'disagreements', 'RunContract',
+           'FillsCheckpoints', 'SavesCheckpoints', 'ChecksSpace', 'export', 'LoadsCheckpoints', 'Keeper', 'Ranks',
+           'FindsCheckpoints', 'SafeCheckpoints']
 
 # %% ../nbs/09a_checkpoints.ipynb #bef1d58f
 import contextlib, fcntl, hashlib, inspect, json, logging, math, os, random, re, shutil, signal, socket, tempfile, threading
@@ -20,6 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_optimizer_state_dict
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from .models import PICKLES
@@ -287,15 +289,56 @@ def set_rng_state(
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"])
 
+# %% ../nbs/09a_checkpoints.ipynb #e1a5c7d1
+def in_shards(
+    model:nn.Module, # any
+)->bool:             # has FSDP2 spread it?
+    "Whether no process holds all of it."
+    from torch.distributed.tensor import DTensor
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+def gather_state(
+    model:nn.Module, # in shards
+    optimizer,       # over its parameters
+)->tuple[dict,dict]: # weights and optimizer state, by name, on the CPU; empty but on rank 0
+    "What every process holds a piece of; all of them must ask."
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return get_state_dict(model, inner, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+# %% ../nbs/09a_checkpoints.ipynb #e1a5c7d2
+def spread_weights(
+    model:nn.Module, # in shards
+    tensors:dict,    # whole weights, on every process
+    folder:Path,     # where they come from, for the message
+)->None:
+    "Give each process its piece; all of the model, nothing else."
+    here = dict(model.named_parameters(remove_duplicate=False))
+    filled = {id(here[name]) for name in tensors if name in here}
+    lost = [name for name, p in here.items() if id(p) not in filled] + sorted(tensors.keys() - model.state_dict().keys())
+    odd = lost or [name for name, t in tensors.items() if name in here and here[name].shape != t.shape]
+    if odd: raise Refusal(f"{folder} is of another model: {odd[0]} differs", 6)
+    set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, strict=False))
+
+def spread_optimizer(
+    model:nn.Module, # in shards
+    optimizer,       # over its parameters
+    state:dict,      # whole, as `gather_state` gave it
+)->None:
+    "Give each process its piece of the optimizer."
+    inner = getattr(optimizer, "optimizer", optimizer)
+    try: set_optimizer_state_dict(model, inner, state, options=StateDictOptions(full_state_dict=True))
+    except (ValueError, KeyError, RuntimeError) as why: raise Refusal(f"the checkpoint's optimizer is another one: {why}", 6) from why
+
 # %% ../nbs/09a_checkpoints.ipynb #a05f0bae
 def save_weights(
     model:nn.Module, # a model of transformers, an adapter of PEFT, or any module
     folder:Path,     # where to
+    whole:dict|None=None, # its weights, where they had to be gathered
 )->None:
     "Weights under the names they have in memory."
-    check_finite(model.named_parameters())
+    check_finite(model.named_parameters() if whole is None else whole.items())
     if hasattr(model, "peft_config"): model.save_pretrained(folder)
-    elif hasattr(model, "save_pretrained"): model.save_pretrained(folder, save_original_format=False)
+    elif hasattr(model, "save_pretrained"): model.save_pretrained(folder, save_original_format=False, state_dict=whole)
     else: save_model(model, str(folder / "model.safetensors"))
 
 # %% ../nbs/09a_checkpoints.ipynb #c9871ea6
@@ -307,6 +350,7 @@ def load_weights(
     if hasattr(model, "peft_config"): return load_adapters(model, folder)
     tensors = {}
     for path in sorted(folder.glob("model*.safetensors")): tensors |= load_file(path)
+    if in_shards(model): return spread_weights(model, tensors, folder)
     try: missing, extra = model.load_state_dict(tensors, strict=False)
     except RuntimeError as why: raise Refusal(f"{folder} is of another model: {str(why).splitlines()[-1].strip()}", 6) from why
     here = model.state_dict()
@@ -340,7 +384,7 @@ def predicted_bytes(
 )->int:              # of one checkpoint, without the tokenizer (a few megabytes at most)
     "How large a checkpoint will be, before there is one."
     learns = [p for p in model.parameters() if p.requires_grad]
-    saved = learns if hasattr(model, "peft_config") else list({p.data_ptr(): p for p in model.parameters()}.values())
+    saved = learns if hasattr(model, "peft_config") else list({p.data_ptr() or id(p): p for p in model.parameters()}.values())
     inner = getattr(optimizer, "optimizer", optimizer)
     return sum(p.nbytes for p in saved) + (state_bytes(inner) or round(sum(p.nbytes for p in learns) * state_share(inner)))
 
@@ -490,15 +534,16 @@ class RunContract:
 # %% ../nbs/09a_checkpoints.ipynb #9373deb6
 class FillsCheckpoints(RunContract):
     "What stands in a checkpoint."
-    def fill(self, folder:Path, rng:list, extra:dict)->None:
+    def fill(self, folder:Path, rng:list, extra:dict, whole:tuple)->None:
         "Write the files of a checkpoint."
-        save_weights(self.bare_model(), folder)
+        weights, optimizer = whole
+        save_weights(self.bare_model(), folder, weights)
         if self.processing_class is not None: self.processing_class.save_pretrained(folder)
         self.state.stateful_callbacks = self.callback_states()
         self.state.save_to_json(str(folder / "trainer_state.json"))
         if self.args.save_only_model: return
         scaler = getattr(self.accelerator, "scaler", None)
-        save_state(folder, "optimizer", self.optimizer.state_dict())
+        save_state(folder, "optimizer", optimizer or self.optimizer.state_dict())
         save_state(folder, "state", dict(scheduler=self.lr_scheduler.state_dict(), scaler=scaler.state_dict() if scaler else None, rng=rng,
                                          extra=extra, loop=dict(loss=self._tr_loss, last_logged=self._globalstep_last_logged)))
 
@@ -521,11 +566,11 @@ class SavesCheckpoints(FillsCheckpoints):
         folder, best = out / f"checkpoint-{step}", out / f"checkpoint-{self.state.best_global_step}"
         if best == folder or best.is_dir(): self.state.best_model_checkpoint = str(best)
         rng = gather_object([rng_state()]) if self.args.world_size > 1 else [rng_state()]
-        extra = self.extra_state()
+        extra, whole = self.extra_state(), gather_state(self.model, self.optimizer) if self.is_fsdp_enabled else (None, None)
         def write():
             if folder.exists(): return
             needed = self.check_space()
-            write_folder_atomic(folder, lambda beside: self.fill(beside, rng, extra), needed, step=step,
+            write_folder_atomic(folder, lambda beside: self.fill(beside, rng, extra, whole), needed, step=step,
                                 identity=self.known, versions=versions(), changes=list(self.changes))
             rotate(out, self.args.save_total_limit, self.state.best_model_checkpoint)
             append_line(out / "log.jsonl", {"saved": step})
@@ -588,7 +633,9 @@ class LoadsCheckpoints:
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None: return
         self.resumed = load_state(Path(checkpoint), "state")
-        load_optimizer(self.optimizer, load_state(Path(checkpoint), "optimizer"))
+        optimizer = load_state(Path(checkpoint), "optimizer")
+        if self.is_fsdp_enabled: spread_optimizer(self.model, self.optimizer, optimizer)
+        else: load_optimizer(self.optimizer, optimizer)
         self.lr_scheduler.load_state_dict(self.resumed["scheduler"])
         self.load_extra_state(self.resumed["extra"])
 
@@ -684,9 +731,7 @@ class SafeCheckpoints(FindsCheckpoints):
     "Checkpoints that are complete or absent; goes before `transformers.Trainer` in a class's bases."
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         "Train under a lock, from a verified checkpoint, until the end or a signal."
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded and (resume_from_checkpoint or self.args.save_strategy != "no"):
-            raise Refusal("a sharded optimizer cannot be saved here yet: use save_strategy='no', DDP or one process")
+        if resume_from_checkpoint or self.args.save_strategy != "no": self.check_shards()
         if isinstance(resume_from_checkpoint, (str, Path)): self.on_main(lambda: verify(resume_from_checkpoint))
         out, self.stop_signal, self.resumed, self.changes = Path(self.args.output_dir), None, None, []
         lock = RunLock(out)
@@ -701,6 +746,13 @@ class SafeCheckpoints(FindsCheckpoints):
             if self.args.process_index == 0: lock.release()
         if self.stop_signal: raise Stopped(128 + self.stop_signal)
         return result
+
+    def check_shards(self)->None:
+        "Refuse to save what could not be read back."
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        what = ("DeepSpeed's optimizer" if self.is_deepspeed_enabled else "an adapter in shards" if plugin and hasattr(self.model, "peft_config")
+                else "FSDP's first version" if plugin and plugin.fsdp_version != 2 else None)
+        if what: raise Refusal(f"{what} cannot be saved here yet: use save_strategy='no', FSDP2 on the whole model, DDP or one process")
 
     def _run_epoch(self, *args, **kwargs):
         "A finished run takes no further step when it is taken up again."

@@ -59,7 +59,7 @@ def run(folder, name, case, world):
         metrics = {k: v for k, v in t.evaluate().items() if "loss" in k or "/" in k}
         if name == "odd": t.save_model(str(folder / name / "model"))
     finally: DPOTrainer.objective, module.write_atomic = real, write
-    weights = {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().clone() for k, v in t.accelerator.unwrap_model(t.model).named_parameters()}
+    weights = whole_weights(t)
     log = [{k: v for k, v in h.items() if k not in ("tokens_per_second",)} for h in t.state.log_history if "loss" in h]
     return dict(weights=weights, log=log, metrics=metrics, rows=seen_, writes=writes, layout=t.layout, world=t.args.world_size, running=dict(t.running.seen) if t.running else {}, kind=type(t.model_wrapped).__name__)
 
@@ -76,6 +76,29 @@ def poisoned(folder):
     return "went on"
 
 
+def whole_weights(t): return {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().clone() for k, v in t.accelerator.unwrap_model(t.model).named_parameters()}
+
+
+def resumed(folder):
+    "Four steps in one go; and two of them, then two more by another trainer, from the checkpoint."
+    def trainer(name, model, **more):
+        torch.manual_seed(0)
+        t = DPOTrainer(model, args=config(folder / name, per_device_train_batch_size=2, num_train_epochs=4, save_strategy="steps", save_steps=2, lr_scheduler_type="linear", **more),
+                       train_dataset=pairs(4), processing_class=TOKENIZER)
+        t.remove_callback(transformers.PrinterCallback)
+        return t
+    once = trainer("once", exact("llama")); once.train()
+    half = trainer("twice", exact("llama"))
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_): control.should_training_stop = state.global_step == 2
+    half.add_callback(Stop()); half.train()
+    rest = trainer("twice", exact("llama")); rest.train(resume_from_checkpoint=True)
+    said = []
+    try: trainer("adapter", lora(exact("llama"))).train()
+    except Refusal as why: said.append(str(why))
+    return dict(once=whole_weights(once), half=whole_weights(half), twice=whole_weights(rest), steps=[half.state.global_step, rest.state.global_step], said=said)
+
+
 def main():
     transformers.logging.set_verbosity_error()
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -84,6 +107,7 @@ def main():
             with ranked(): found = run(folder, name, case, 2)
         else: found = run(folder, name, case, 2)
         torch.save(found, folder / f"{name}.{rank}.pt")
+    torch.save(resumed(folder), folder / f"resumed.{rank}.pt")
     (folder / f"nan.{rank}.json").write_text(json.dumps(poisoned(folder)))
     torch.distributed.destroy_process_group()
     os._exit(0)     # everything is on disk; a thread of gloo may still abort the interpreter's way out
