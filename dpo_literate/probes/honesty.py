@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..logps import Batch, reply_logps, unwrapped
+from ..packing import additive
 from ..plots import COLORS, finish, new_fig
 from .base import Change, ProbeReport, change_of, interval_of
 from ..results import Refusal, data_dir
@@ -156,7 +157,7 @@ def choice_mask(
     if kind.startswith("sdpa"): return open_
     if kind != "eager": raise Refusal(f"options cannot share a row under attention {kind!r}: "
                                       "load the model with sdpa or eager")
-    return torch.zeros_like(open_, dtype=dtype).masked_fill(~open_, torch.finfo(dtype).min)
+    return additive(open_, dtype)
 
 # %% ../../nbs/33_honesty.ipynb #62a8008d
 @torch.no_grad()
