@@ -300,10 +300,10 @@ def in_shards(
 def gather_state(
     model:nn.Module, # in shards
     optimizer,       # over its parameters
-)->tuple[dict,dict]: # weights and optimizer state, by name, on the CPU; empty but on rank 0
+)->tuple[dict,dict]: # weights (of a base with an adapter, what learns) and optimizer state, by name, on the CPU; empty but on rank 0
     "What every process holds a piece of; all of them must ask."
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return get_state_dict(model, inner, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    inner, tuned = getattr(optimizer, "optimizer", optimizer), hasattr(model, "peft_config")
+    return get_state_dict(model, inner, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=tuned))
 
 # %% ../nbs/09a_checkpoints.ipynb #e1a5c7d2
 def spread_weights(
@@ -337,7 +337,7 @@ def save_weights(
 )->None:
     "Weights under the names they have in memory."
     check_finite(model.named_parameters() if whole is None else whole.items())
-    if hasattr(model, "peft_config"): model.save_pretrained(folder)
+    if hasattr(model, "peft_config"): model.save_pretrained(folder, state_dict=whole)
     elif hasattr(model, "save_pretrained"): model.save_pretrained(folder, save_original_format=False, state_dict=whole)
     else: save_model(model, str(folder / "model.safetensors"))
 
@@ -368,7 +368,9 @@ def load_adapters(model:nn.Module, folder:Path)->None:
         tensors, want = load_file(path), get_peft_model_state_dict(model, adapter_name=name)
         odd = sorted(set(tensors) ^ set(want)) or [k for k in want if want[k].shape != tensors[k].shape]
         if odd: raise Refusal(f"{path} is of another adapter: {odd[0]} differs", 6)
-        set_peft_model_state_dict(model, tensors, adapter_name=name)
+        if not in_shards(model): set_peft_model_state_dict(model, tensors, adapter_name=name); continue
+        inside = get_peft_model_state_dict(model, {k: k for k in model.state_dict()}, adapter_name=name)   # name in the file -> in memory
+        set_model_state_dict(model, {inside[k]: t for k, t in tensors.items()}, options=StateDictOptions(full_state_dict=True, strict=False))
 
 # %% ../nbs/09a_checkpoints.ipynb #b7775ea6
 def state_bytes(
@@ -750,9 +752,8 @@ class SafeCheckpoints(FindsCheckpoints):
     def check_shards(self)->None:
         "Refuse to save what could not be read back."
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        what = ("DeepSpeed's optimizer" if self.is_deepspeed_enabled else "an adapter in shards" if plugin and hasattr(self.model, "peft_config")
-                else "FSDP's first version" if plugin and plugin.fsdp_version != 2 else None)
-        if what: raise Refusal(f"{what} cannot be saved here yet: use save_strategy='no', FSDP2 on the whole model, DDP or one process")
+        what = "DeepSpeed's optimizer" if self.is_deepspeed_enabled else "FSDP's first version" if plugin and plugin.fsdp_version != 2 else None
+        if what: raise Refusal(f"{what} cannot be saved here yet: use save_strategy='no', FSDP2, DDP or one process")
 
     def _run_epoch(self, *args, **kwargs):
         "A finished run takes no further step when it is taken up again."

@@ -79,24 +79,19 @@ def poisoned(folder):
 def whole_weights(t): return {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().clone() for k, v in t.accelerator.unwrap_model(t.model).named_parameters()}
 
 
-def resumed(folder):
+def resumed(folder, make):
     "Four steps in one go; and two of them, then two more by another trainer, from the checkpoint."
-    def trainer(name, model, **more):
+    def trainer(name, more=()):
         torch.manual_seed(0)
-        t = DPOTrainer(model, args=config(folder / name, per_device_train_batch_size=2, num_train_epochs=4, save_strategy="steps", save_steps=2, lr_scheduler_type="linear", **more),
-                       train_dataset=pairs(4), processing_class=TOKENIZER)
+        t = DPOTrainer(make(), args=config(folder / name, per_device_train_batch_size=2, num_train_epochs=4, save_strategy="steps", save_steps=2, lr_scheduler_type="linear"),
+                       train_dataset=pairs(4), processing_class=TOKENIZER, callbacks=list(more))
         t.remove_callback(transformers.PrinterCallback)
         return t
-    once = trainer("once", exact("llama")); once.train()
-    half = trainer("twice", exact("llama"))
     class Stop(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **_): control.should_training_stop = state.global_step == 2
-    half.add_callback(Stop()); half.train()
-    rest = trainer("twice", exact("llama")); rest.train(resume_from_checkpoint=True)
-    said = []
-    try: trainer("adapter", lora(exact("llama"))).train()
-    except Refusal as why: said.append(str(why))
-    return dict(once=whole_weights(once), half=whole_weights(half), twice=whole_weights(rest), steps=[half.state.global_step, rest.state.global_step], said=said)
+    once, half, rest = trainer("once"), trainer("twice", [Stop()]), trainer("twice")
+    once.train(); half.train(); rest.train(resume_from_checkpoint=True)
+    return dict(once=whole_weights(once), half=whole_weights(half), twice=whole_weights(rest), steps=[half.state.global_step, rest.state.global_step])
 
 
 def main():
@@ -107,7 +102,8 @@ def main():
             with ranked(): found = run(folder, name, case, 2)
         else: found = run(folder, name, case, 2)
         torch.save(found, folder / f"{name}.{rank}.pt")
-    torch.save(resumed(folder), folder / f"resumed.{rank}.pt")
+    for name, make in dict(full=lambda: exact("llama"), tuned=lambda: lora(exact("llama"))).items():
+        torch.save(resumed(folder / name, make), folder / f"{name}.{rank}.pt")
     (folder / f"nan.{rank}.json").write_text(json.dumps(poisoned(folder)))
     torch.distributed.destroy_process_group()
     os._exit(0)     # everything is on disk; a thread of gloo may still abort the interpreter's way out
