@@ -126,7 +126,7 @@ def show(name, a):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--pairs", type=int, default=128)
-    p.add_argument("--capacity", type=int, default=2048, help="tokens of our packed rows")
+    p.add_argument("--capacity", type=int, default=1536, help="tokens of our packed rows")
     p.add_argument("--float32", action="store_true", help="no autocast: losses must agree to 1e-4")
     p.add_argument("--arms", nargs="+", default=["ours", *TRL_ARMS], choices=["ours", *TRL_ARMS])
     p.add_argument("--record", action="store_true", help="write the comparison to nbs/results")
