@@ -6,7 +6,7 @@
 __all__ = ['log', 'MANIFEST', 'FIXED', 'CONTRACT', 'fingerprint', 'render', 'seal', 'write_folder_atomic', 'disk_errors',
            'fault_of', 'read_manifest', 'damaged', 'verify', 'checkpoints', 'latest', 'sweep', 'set_aside', 'free_name',
            'rotate', 'discard', 'pack', 'unpack', 'check_finite', 'save_state', 'load_state', 'load_optimizer',
-           'rng_state', 'set_rng_state', 'in_shards', 'gather_state', 'spread_weights', 'spread_optimizer',
+           'rng_state', 'set_rng_state', 'in_shards', 'gather_state', 'fill_weights', 'spread_optimizer',
            'save_weights', 'load_weights', 'load_adapters', 'state_bytes', 'predicted_bytes', 'state_share', 'started',
            'RunLock', 'alone', 'Stopped', 'signals', 'append_line', 'tokenizer_hash', 'disagreements', 'RunContract',
            'FillsCheckpoints', 'SavesCheckpoints', 'ChecksSpace', 'export', 'LoadsCheckpoints', 'Keeper', 'Ranks',
@@ -299,25 +299,27 @@ def in_shards(
 
 def gather_state(
     model:nn.Module, # in shards
-    optimizer,       # over its parameters
+    optimizer,       # over its parameters; () where only weights are saved
 )->tuple[dict,dict]: # weights (of a base with an adapter, what learns) and optimizer state, by name, on the CPU; empty but on rank 0
     "What every process holds a piece of; all of them must ask."
     inner, tuned = getattr(optimizer, "optimizer", optimizer), hasattr(model, "peft_config")
     return get_state_dict(model, inner, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=tuned))
 
 # %% ../nbs/09a_checkpoints.ipynb #e1a5c7d2
-def spread_weights(
-    model:nn.Module, # in shards
+def fill_weights(
+    model:nn.Module, # in shards or whole
     tensors:dict,    # whole weights, on every process
     folder:Path,     # where they come from, for the message
 )->None:
-    "Give each process its piece; all of the model, nothing else."
-    here = dict(model.named_parameters(remove_duplicate=False))
-    filled = {id(here[name]) for name in tensors if name in here}
-    lost = [name for name, p in here.items() if id(p) not in filled] + sorted(tensors.keys() - model.state_dict().keys())
-    odd = lost or [name for name, t in tensors.items() if name in here and here[name].shape != t.shape]
-    if odd: raise Refusal(f"{folder} is of another model: {odd[0]} differs", 6)
-    set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, strict=False))
+    "Load all of the model and nothing else; in shards, each process its piece."
+    here = model.state_dict(keep_vars=True)
+    filled = {id(here[name]) for name in tensors if name in here}    # a tied weight is there under one of its names
+    lost, extra = [name for name, t in here.items() if id(t) not in filled], sorted(tensors.keys() - here.keys())
+    if lost or extra: raise Refusal(f"{folder} is of another model: {(lost + extra)[0]} is {'not in it' if lost else 'not in this one'}", 6)
+    try:
+        if in_shards(model): set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, strict=False))
+        else: model.load_state_dict(tensors, strict=False)
+    except (RuntimeError, ValueError) as why: raise Refusal(f"{folder} is of another model: {str(why).splitlines()[-1].strip()}", 6) from why
 
 def spread_optimizer(
     model:nn.Module, # in shards
@@ -350,13 +352,7 @@ def load_weights(
     if hasattr(model, "peft_config"): return load_adapters(model, folder)
     tensors = {}
     for path in sorted(folder.glob("model*.safetensors")): tensors |= load_file(path)
-    if in_shards(model): return spread_weights(model, tensors, folder)
-    try: missing, extra = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as why: raise Refusal(f"{folder} is of another model: {str(why).splitlines()[-1].strip()}", 6) from why
-    here = model.state_dict()
-    tied = {here[name].data_ptr() for name in tensors if name in here}
-    lost = [name for name in missing if here[name].data_ptr() not in tied]
-    if lost or extra: raise Refusal(f"{folder} is of another model: {(lost + extra)[0]} is {'not in it' if lost else 'not in this one'}", 6)
+    fill_weights(model, tensors, folder)
 
 # %% ../nbs/09a_checkpoints.ipynb #08d4f664
 def load_adapters(model:nn.Module, folder:Path)->None:
@@ -568,7 +564,7 @@ class SavesCheckpoints(FillsCheckpoints):
         folder, best = out / f"checkpoint-{step}", out / f"checkpoint-{self.state.best_global_step}"
         if best == folder or best.is_dir(): self.state.best_model_checkpoint = str(best)
         rng = gather_object([rng_state()]) if self.args.world_size > 1 else [rng_state()]
-        extra, whole = self.extra_state(), gather_state(self.model, self.optimizer) if self.is_fsdp_enabled else (None, None)
+        extra, whole = self.extra_state(), gather_state(self.model, () if self.args.save_only_model else self.optimizer) if self.is_fsdp_enabled else (None, None)
         def write():
             if folder.exists(): return
             needed = self.check_space()
