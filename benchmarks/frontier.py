@@ -38,7 +38,7 @@ class StopAfter(TrainerCallback):
 
 # ------------------------------------------------------------ the reward model on human verdicts
 
-REWARD = dict(data="hh_harmless", dtype="bfloat16", rank=RANK, lr=3e-4, epochs=1, batch=4, warmup=10, centring=.01)
+REWARD = dict(data="hh_harmless", dtype="float32", rank=RANK, lr=3e-4, epochs=1, batch=4, warmup=10, centring=.01)
 
 
 def halves(name, tokenizer):
