@@ -166,16 +166,16 @@ def small(cell):
 
 # ------------------------------------------------------------ what PPO on text is sensitive to
 
-# 32 prompts × 4 replies, of a seed whose cells no claim uses; the best learning rate and its neighbours go to page 13
+# of a seed whose cells no claim uses; the arm that scored most goes to page 13
 BASE = dict(lr=2e-4, value_lr=1e-4, epochs=2)
 ARMS = {"base": {}, "lr 1e-5": dict(lr=1e-5), "lr 5e-5": dict(lr=5e-5), "lr 5e-4": dict(lr=5e-4), "value lr 1e-3": dict(value_lr=1e-3), "value lr 0": dict(value_lr=0.),
         "λ = 1": dict(lam=1.), "not whitened": dict(whiten=False)}
-TUNING_SEED, KL_COEF, BATCH = 9, .02, 16
+TUNING_SEED, KL_COEF, PROMPTS, BATCH = 9, .02, 32, 16     # 32 prompts × 4 replies, in steps of 16
 
 
 def sweep_jobs(arms):
-    from dpo_literate.frontier import FrontierConfig, Job
-    return [Job(FrontierConfig(n_train=32, batch_size=BATCH, ppo=BASE | ARMS[arm]), "ppo_true", KL_COEF, TUNING_SEED, None, RUNS / "text") for arm in arms]
+    from dpo_literate.frontier_cells import FrontierConfig, Job
+    return [Job(FrontierConfig(n_train=PROMPTS, batch_size=BATCH, ppo=BASE | ARMS[arm]), "ppo_true", KL_COEF, TUNING_SEED, None, RUNS / "text") for arm in arms]
 
 
 def late_score(cell):
@@ -186,14 +186,14 @@ def late_score(cell):
 
 def ppo(args):
     "One setting changed at a time."
-    from dpo_literate.frontier import run_jobs
+    from dpo_literate.frontier_cells import run_jobs
     arms = args.arms or list(ARMS)
     cells = run_jobs(sweep_jobs(arms), 0 if args.record else args.minutes)
     if len(cells) < len(arms): return print(f"{len(arms) - len(cells)} arms are missing, first {arms[len(cells)]!r}: run it again, without --record") or 3
     for arm, c in zip(arms, cells): print(f"{arm:16} score {c['log'][0]['score']:.3f} at first, {late_score(c):.3f} in the second half")
     if not args.record: return 0
     save_result("ppo_text", dict(arms=[small(c) | dict(name=arm, settings=BASE | ARMS[arm]) for arm, c in zip(arms, cells)]), command="python benchmarks/frontier.py ppo --record",
-                config=dict(base=BASE, arms=ARMS, prompts=32, replies=128, batch_size=BATCH, kl_coef=KL_COEF), seed=TUNING_SEED, seconds=sum(c["seconds"] for c in cells),
+                config=dict(base=BASE, arms=ARMS, prompts=PROMPTS, replies=4 * PROMPTS, batch_size=BATCH, kl_coef=KL_COEF), seed=TUNING_SEED, seconds=sum(c["seconds"] for c in cells),
                 what="PPO with the true reward on the bundled model, one setting changed at a time.")
 
 
@@ -201,12 +201,12 @@ def ppo(args):
 
 def tuned(args):
     "The experiment, with the settings that did best in the sweep; None while the sweep is not finished."
-    from dpo_literate.frontier import FrontierConfig, run_jobs
+    from dpo_literate.frontier_cells import FrontierConfig, run_jobs
     cells = run_jobs(sweep_jobs(ARMS), 0 if args.record else args.minutes)
     if len(cells) < len(ARMS): return None
     best = max(zip(ARMS, cells), key=lambda x: late_score(x[1]))[0]
     print(f"PPO as in the arm {best!r}", flush=True)
-    return FrontierConfig(batch_size=BATCH, ppo=BASE | ARMS[best])
+    return FrontierConfig(n_train=PROMPTS, batch_size=BATCH, ppo=BASE | ARMS[best])
 
 
 def verdict(low, high, bar=0.): return "held" if low > bar else "did not hold" if high < bar else "too small to tell"
@@ -234,9 +234,9 @@ def text_claims(cells, setup):
 
 def text(args):
     "Reward against KL; the record and its claims where asked for."
-    from dpo_literate.frontier import STRENGTHS, FrontierConfig, plan, run_jobs
+    from dpo_literate.frontier_cells import STRENGTHS, FrontierConfig, plan, run_jobs
     methods, start = args.methods or list(STRENGTHS), time.monotonic()
-    config = tuned(args) if any(m.startswith("ppo") for m in methods) else FrontierConfig()
+    config = tuned(args) if any(m.startswith("ppo") for m in methods) else FrontierConfig(n_train=PROMPTS)
     if config is None: return print("the sweep of PPO's settings is not finished: run it again, without --record") or 3
     jobs = plan(config, args.seeds, methods, args.prompts, RUNS / "text")
     cells = run_jobs(jobs, 0 if args.record else args.minutes - (time.monotonic() - start) / 60)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from .checkpoints import checkpoints, fault_of, read_manifest
 from .logps import Head, head_answers, head_logits, unwrapped
-from .models import load_model, load_tokenizer, weights_hash
+from .models import fast_bf16, load_model, load_tokenizer, weights_hash
 from .preferences import (as_chat, check_preferences, load_preferences, parse_json,
                                       read_lines, text_of)
 from .results import (Refusal, bootstrap_interval, device_name, to_json, versions,
@@ -515,8 +515,7 @@ def begin(config:AlignConfig)->Run:
 def fast_dtype(model)->str: # bfloat16 where the machine has it and the model is not in float64
     "In which type replies are drawn."
     if model.dtype == torch.float64: return "float64"
-    cpu = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bfloat16" if torch.cuda.is_available() or cpu else "float32"
+    return "bfloat16" if fast_bf16() else "float32"
 
 def pairs_of_file(run, pairs):
     "Rows of a file of pairs; text becomes a chat where the model has a template."

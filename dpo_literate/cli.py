@@ -345,7 +345,7 @@ def add_ppo(p:argparse.ArgumentParser)->None:
 
 # %% ../nbs/11a_cli.ipynb #91d2fb43
 def add_frontier(p:argparse.ArgumentParser)->None:
-    "Arguments of `frontier`, page 13; what is not given is as in `FrontierConfig`."
+    "Arguments of `frontier`, page 13a; what is not given is as in `FrontierConfig`."
     p.add_argument("--prompts", help="a file of prompts, a share of which is held out (those of page 11)")
     p.add_argument("--out", required=True, dest="output", help="a folder of cells, gone on with where it stopped")
     p.add_argument("--methods", nargs="+", help="of dpo, ppo_true, ppo_learned, sft, unlikelihood, best_of_n (all)")
@@ -353,7 +353,7 @@ def add_frontier(p:argparse.ArgumentParser)->None:
     p.add_argument("--minutes", type=float, help="begin no further cell after so long (no limit)")
     for name in ("model", "reward"): p.add_argument(f"--{name}")
     for name in ("rank", "epochs", "per_prompt", "max_new_tokens", "batch_size"): p.add_argument(f"--{name.replace('_', '-')}", type=int)
-    p.set_defaults(run=lambda args: later("frontier", "main_frontier", args))
+    p.set_defaults(run=lambda args: later("frontier_cells", "main_frontier", args))
 
 # %% ../nbs/11a_cli.ipynb #b6d0e134
 def add_probe(p:argparse.ArgumentParser)->None:

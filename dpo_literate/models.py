@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PICKLES', 'BUNDLED', 'DTYPES', 'TINY', 'check_folder', 'has_code', 'cache_dir', 'bundled_gguf', 'convert_bundled',
            'write_folder', 'resolve_model', 'resolve_bundled', 'load_model', 'unreachable', 'no_dropout',
-           'load_tokenizer', 'tiny_config', 'tiny_model', 'adapter_base', 'put_on', 'shared_storage', 'weights_hash',
-           'model_identity', 'FrozenReference', 'put_back', 'AdapterOff', 'read_reference', 'CachedReference',
-           'table_path', 'table_sha', 'save_table', 'load_table', 'MovingReference']
+           'load_tokenizer', 'fast_bf16', 'tiny_config', 'tiny_model', 'adapter_base', 'put_on', 'shared_storage',
+           'weights_hash', 'model_identity', 'FrozenReference', 'put_back', 'AdapterOff', 'read_reference',
+           'CachedReference', 'table_path', 'table_sha', 'save_table', 'load_table', 'MovingReference']
 
 # %% ../nbs/09_models.ipynb #a66fc782
 import contextlib, errno, hashlib, importlib.util, json, os
@@ -160,6 +160,12 @@ def load_tokenizer(
     where = resolve_model(name)
     try: return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **(dict(revision=revision) if revision else {}))
     except OSError as why: raise Refusal(unreachable(name, where)) from why
+
+# %% ../nbs/09_models.ipynb #bf160002
+def fast_bf16()->bool: # does this machine multiply bfloat16 in hardware?
+    "A CUDA card, or a CPU that oneDNN finds able."
+    cpu = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cuda.is_available() or cpu
 
 # %% ../nbs/09_models.ipynb #8140e454
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -26,7 +26,7 @@ from .plots import COLORS, finish, new_fig
 from .results import Refusal, bootstrap_interval, new_folder, provenance, to_json, write_atomic
 from .reward import bt_loss
 from .rows import encode_prompt, encode_reply
-from .trainer import EpochOrder, StepGuard, as_batch, prepare_rows, setting
+from .trainer import EpochOrder, StepGuard, as_batch, note_bf16, prepare_rows, setting
 
 # %% ../nbs/11c_reward_model.ipynb #abbd3f9b
 def with_score_head(
@@ -125,6 +125,7 @@ class RewardConfig(TrainingArguments):
         if self.layout not in ("packed", "padded"):
             raise Refusal(f"layout={self.layout!r}: use packed or padded")
         super().__post_init__()
+        note_bf16(self)
 
 # %% ../nbs/11c_reward_model.ipynb #29bbb261
 @torch.no_grad()

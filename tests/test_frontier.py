@@ -3,8 +3,8 @@ import argparse, json, math
 from dataclasses import replace
 import pytest, torch
 from torch import nn
-from dpo_literate.frontier import (STRENGTHS, FrontierConfig, Job, best_of, best_of_n, best_of_n_bound, main_frontier, plan, reward_at, run_cell,
-                                   run_jobs, shortfall, summary, wide_world)
+from dpo_literate.frontier import best_of, best_of_n, best_of_n_bound, reward_at, shortfall, summary, wide_world
+from dpo_literate.frontier_cells import STRENGTHS, FrontierConfig, Job, main_frontier, plan, run_cell, run_jobs
 from dpo_literate.models import tiny_model, write_folder
 from dpo_literate.ppo import reference_of, world_dpo, world_ppo
 from dpo_literate.results import Refusal, claim_problems, load_result
@@ -227,7 +227,7 @@ def test_halves_share_no_prompt(bench, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_ppo_cell_goes_on_to_the_same_end(tiny, monkeypatch):
-    import dpo_literate.frontier as f
+    import dpo_literate.frontier_cells as f
     calls, judge = [], f.reward_function(tiny[1].reward)
     def breaks(prompts, replies):
         calls.append(1)
@@ -239,5 +239,7 @@ def test_an_interrupted_ppo_cell_goes_on_to_the_same_end(tiny, monkeypatch):
     assert list((tiny[0] / "broken" / "work").rglob("state.safetensors")) and not list((tiny[0] / "broken").glob("*.json"))
     monkeypatch.setattr(f, "reward_function", lambda name: judge)
     again = run_cell(job(tiny, "ppo_true", .1, out="broken"))
-    same = lambda c: {k: v for k, v in c.items() if k not in ("seconds", "memory")}
+    def same(c):
+        log = [{k: v for k, v in line.items() if k != "seconds"} for line in c["log"]]
+        return {k: v for k, v in c.items() if k not in ("seconds", "memory")} | dict(log=log)
     assert same(again) == same(whole)

@@ -649,3 +649,15 @@ def test_same_seed_same_weights_and_another_order_for_another(tmp_path):
     a, b, c = (train(tmp_path / str(i), seed=s, data=[dict(PAIRS[i % 7], rejected=f"no {i}") for i in range(16)]) for i, s in enumerate((0, 0, 1)))
     assert weights_hash(a.model) == weights_hash(b.model) != weights_hash(c.model)
     assert a.order.seed == 0 and c.order.seed == 1
+
+
+def test_bf16_on_a_cpu_without_it_is_said(tmp_path, caplog, monkeypatch):
+    import dpo_literate.trainer as t
+    from dpo_literate.reward_model import RewardConfig
+    for able in (True, False):
+        monkeypatch.setattr(t, "fast_bf16", lambda: able)
+        for config in (DPOConfig, RewardConfig):
+            caplog.clear(); config(str(tmp_path), bf16=True, use_cpu=True, report_to=[])
+            assert ("no instructions for bfloat16" in caplog.text) == (not able)
+        caplog.clear(); DPOConfig(str(tmp_path), use_cpu=True, report_to=[])
+        assert not caplog.text
