@@ -171,7 +171,7 @@ def small(cell):
 BASE = dict(lr=2e-4, value_lr=1e-4, epochs=2)
 ARMS = {"base": {}, "lr 1e-5": dict(lr=1e-5), "lr 5e-5": dict(lr=5e-5), "lr 5e-4": dict(lr=5e-4), "value lr 1e-3": dict(value_lr=1e-3), "value lr 0": dict(value_lr=0.),
         "λ = 1": dict(lam=1.), "not whitened": dict(whiten=False)}
-FAR = {"lr 2e-3": dict(lr=2e-3), "lr 2e-3, β = 0": dict(lr=2e-3, kl_coef=0.)}            # shown, never chosen
+FAR = {"lr 2e-3, β = 0": dict(lr=2e-3, kl_coef=0.)}                                       # shown, never chosen
 TUNING_SEED, KL_COEF, PROMPTS, BATCH = 9, .02, 32, 16     # 32 prompts × 4 replies, in steps of 16
 
 
