@@ -93,6 +93,7 @@ def reward_cell(seed, fold, minutes):
 
 def reward(args):
     "Every pair is judged by the model that has not read it."
+    from dpo_literate.models import load_tokenizer
     end, cells = time.monotonic() + 60 * args.minutes, []
     for seed, fold in ((s, f) for s in args.seeds for f in (0, 1)):
         cells.append(reward_cell(seed, fold, (end - time.monotonic()) / 60))
@@ -100,8 +101,10 @@ def reward(args):
         right = [(a > b) + (a == b) / 2 for a, b in zip(cells[-1]["chosen"], cells[-1]["rejected"])]
         print(f"seed {seed} half {fold}: {sum(right) / len(right):.3f} of {len(right)} held-out pairs, {cells[-1]['seconds']:.0f} s", flush=True)
     if not args.record: return 0
+    both = halves(REWARD["data"], load_tokenizer("bundled"))
+    for c in cells: c["lengths"] = [[len(r.chosen_ids), len(r.rejected_ids)] for r in both[1 - c["fold"]]]
     save_result("reward_hh", dict(cells=cells), command="python benchmarks/frontier.py reward --record", config=REWARD, seed=args.seeds, seconds=sum(c["seconds"] for c in cells),
-                what="Scores that reward models of the bundled model give the half of hh-harmless that they have not read.")
+                what="Scores that reward models of the bundled model give the half of hh-harmless that they have not read, and the lengths of the replies (tokens).")
 
 
 # ------------------------------------------------------------ enumerable worlds

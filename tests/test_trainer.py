@@ -661,3 +661,28 @@ def test_bf16_on_a_cpu_without_it_is_said(tmp_path, caplog, monkeypatch):
             assert ("no instructions for bfloat16" in caplog.text) == (not able)
         caplog.clear(); DPOConfig(str(tmp_path), use_cpu=True, report_to=[])
         assert not caplog.text
+
+
+@pytest.mark.parametrize("settings", [dict(layout="packed"), dict(layout="padded"), dict(loss_type=["aot"]), dict(use_weighting=True), dict(loss_type=["kto"])])
+def test_token_metrics_are_means_over_the_chosen_tokens(tmp_path, settings):
+    "Against the model's own logits, one reply at a time, before the first step and over a set for evaluation."
+    model = tiny_model(scale=1.)
+    labelled = [dict(prompt=p["prompt"], completion=p[side], label=side == "chosen") for p in PAIRS for side in ("chosen", "rejected")]
+    data = labelled if settings.get("loss_type") == ["kto"] else PAIRS
+    t = trainer(tmp_path / "t", copy.deepcopy(model), data, eval_dataset=data[:6], token_metrics=True, per_device_train_batch_size=len(data), **settings)
+    t.train()
+    def expected(rows):
+        entropies, hits = [], []
+        for r in (r for r in rows if r.label is not False):
+            ids = torch.tensor(r.prompt_ids + r.chosen_ids)
+            with torch.no_grad(): lp = model(ids[None]).logits[0].log_softmax(-1)[len(r.prompt_ids) - 1:-1]
+            entropies += (-(lp.exp() * lp).sum(-1)).tolist()
+            hits += (lp.argmax(-1) == ids[len(r.prompt_ids):]).tolist()
+        return sum(entropies) / len(entropies), sum(hits) / len(hits)
+    entropy, hits = expected(t.rows)
+    assert lines(t)[0]["entropy"] == pytest.approx(entropy, abs=1e-8) and lines(t)[0]["mean_token_accuracy"] == pytest.approx(hits, abs=1e-12)
+    model.load_state_dict(t.model.state_dict())
+    found = t.evaluate()
+    entropy, hits = expected(t.eval_dataset)
+    assert found["eval_entropy"] == pytest.approx(entropy, abs=1e-8) and found["eval_mean_token_accuracy"] == pytest.approx(hits, abs=1e-12)
+    assert "first_tokens" not in found and "entropy" not in lines(train(tmp_path / "u", copy.deepcopy(model)))[0]
