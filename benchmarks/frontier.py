@@ -174,14 +174,12 @@ def small(cell):
 BASE = dict(lr=2e-4, value_lr=1e-4, epochs=2)
 ARMS = {"base": {}, "lr 1e-5": dict(lr=1e-5), "lr 5e-5": dict(lr=5e-5), "lr 5e-4": dict(lr=5e-4), "value lr 1e-3": dict(value_lr=1e-3), "value lr 0": dict(value_lr=0.),
         "λ = 1": dict(lam=1.), "not whitened": dict(whiten=False)}
-FAR = {"lr 2e-3, β = 0": dict(lr=2e-3, kl_coef=0.)}                                       # shown, never chosen
 TUNING_SEED, KL_COEF, PROMPTS, BATCH = 9, .02, 32, 16     # 32 prompts × 4 replies, in steps of 16
 
 
 def sweep_jobs(arms):
     from dpo_literate.frontier_cells import FrontierConfig, Job
-    def job(kl_coef=KL_COEF, **more): return Job(FrontierConfig(n_train=PROMPTS, batch_size=BATCH, ppo=BASE | more), "ppo_true", kl_coef, TUNING_SEED, None, RUNS / "text")
-    return [job(**(ARMS | FAR)[arm]) for arm in arms]
+    return [Job(FrontierConfig(n_train=PROMPTS, batch_size=BATCH, ppo=BASE | ARMS[arm]), "ppo_true", KL_COEF, TUNING_SEED, None, RUNS / "text") for arm in arms]
 
 
 def late_score(cell):
@@ -193,13 +191,13 @@ def late_score(cell):
 def ppo(args):
     "One setting changed at a time."
     from dpo_literate.frontier_cells import run_jobs
-    arms = args.arms or [*ARMS, *FAR]
+    arms = args.arms or list(ARMS)
     cells = run_jobs(sweep_jobs(arms), 0 if args.record else args.minutes)
     if len(cells) < len(arms): return print(f"{len(arms) - len(cells)} arms are missing, first {arms[len(cells)]!r}: run it again, without --record") or 3
     for arm, c in zip(arms, cells): print(f"{arm:16} score {c['log'][0]['score']:.3f} at first, {late_score(c):.3f} in the second half")
     if not args.record: return 0
-    save_result("ppo_text", dict(arms=[small(c) | dict(name=arm, settings=BASE | (ARMS | FAR)[arm]) for arm, c in zip(arms, cells)]), command="python benchmarks/frontier.py ppo --record",
-                config=dict(base=BASE, arms=ARMS | FAR, prompts=PROMPTS, replies=4 * PROMPTS, batch_size=BATCH, kl_coef=KL_COEF), seed=TUNING_SEED, seconds=sum(c["seconds"] for c in cells),
+    save_result("ppo_text", dict(arms=[small(c) | dict(name=arm, settings=BASE | ARMS[arm]) for arm, c in zip(arms, cells)]), command="python benchmarks/frontier.py ppo --record",
+                config=dict(base=BASE, arms=ARMS, prompts=PROMPTS, replies=4 * PROMPTS, batch_size=BATCH, kl_coef=KL_COEF), seed=TUNING_SEED, seconds=sum(c["seconds"] for c in cells),
                 what="PPO with the true reward on the bundled model, one setting changed at a time.")
 
 
