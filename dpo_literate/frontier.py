@@ -127,7 +127,7 @@ def plot_methods(
     rows:list[dict], # of `summary`
 ):                   # a figure
     "Reward against KL, a line a method; bars over prompts, small dots for the seeds."
-    fig, ax = new_fig(width=6, height=3.6)
+    fig, ax = new_fig(width=7.5, height=3.8)
     for method, (hue, style) in LOOKS.items():
         mine = sorted((r for r in rows if r["method"] == method), key=lambda r: r["kl"])
         d, look = [r["kl"] for r in mine], dict(color=COLORS[hue])
@@ -137,7 +137,7 @@ def plot_methods(
         for r in mine: ax.plot(*zip(*r["by_seed"]), ".", ms=3, **look)
     ax.set(xlabel="KL from the reference (nat a reply)", ylabel="true reward, held-out prompts",
            title="Reward for a nat")
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
     return finish(fig)
 
 # %% ../nbs/13_frontier.ipynb #5c1d90ae
