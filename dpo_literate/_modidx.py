@@ -1541,6 +1541,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.as_batch': ('trainer.html#as_batch', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.as_means': ('trainer.html#as_means', 'dpo_literate/trainer.py'),
+                                      'dpo_literate.trainer.by_reply': ('trainer.html#by_reply', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.check_arguments': ('trainer.html#check_arguments', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.check_choices': ('trainer.html#check_choices', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.check_columns': ('trainer.html#check_columns', 'dpo_literate/trainer.py'),

@@ -26,8 +26,8 @@ def token_logps(
     input_ids:Tensor, # the text, shape (B,T)
 )->Tensor:            # log π of each token but the first (nat), shape (B,T-1)
     "Log-probability of every token given what stands before it."
-    log_probs = in_full(logits[:, :-1]).log_softmax(-1)  # (B,T-1,V): t predicts t+1
-    return log_probs.gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    z = in_full(logits[:, :-1])                          # (B,T-1,V): t predicts t+1
+    return z.gather(-1, input_ids[:, 1:, None]).squeeze(-1) - z.logsumexp(-1)
 
 # %% ../nbs/07_logps.ipynb #9c9ce76c
 def sequence_logps(

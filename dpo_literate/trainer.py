@@ -7,16 +7,16 @@ __all__ = ['log', 'INSTEAD', 'READS', 'GIVEN', 'ALONE', 'TRL_DEFAULTS', 'DIFFERS
            'REWARDS', 'CARD', 'UNUSED', 'epoch_order', 'setting', 'TRLNames', 'DPOConfig', 'note_bf16', 'check_config',
            'check_choices', 'check_reference', 'default_of', 'settings_of', 'check_inputs', 'wants_replies',
            'check_losses', 'check_kwargs', 'heap_loss', 'mixed_loss', 'constant_at_init', 'fate', 'TRLTable',
-           'read_pairs', 'prepare_rows', 'check_columns', 'fit_rows', 'token_inputs', 'reply_inputs', 'pair_inputs',
-           'loss_inputs', 'pair_metrics', 'reply_metrics', 'token_sums', 'metrics_of', 'as_means', 'as_batch',
-           'EpochOrder', 'RowTrainer', 'ChosenTrainer', 'LayoutTrainer', 'reference_mode', 'ReferenceTrainer',
-           'CacheTrainer', 'mismatched', 'MismatchTrainer', 'ReadTrainer', 'TableTrainer', 'ProbeTrainer',
-           'StillTrainer', 'LossTrainer', 'pulled_names', 'pulls', 'GatherTrainer', 'BaselineTrainer', 'WholeTrainer',
-           'StepTrainer', 'BackwardTrainer', 'running_sums', 'RunningTrainer', 'PieceTrainer', 'check_first_loss',
-           'check_finite', 'StepGuard', 'ReferenceGuard', 'LogTrainer', 'EvalTrainer', 'CoverTrainer', 'sample_replies',
-           'SampleTrainer', 'data_hash', 'CardTrainer', 'StateTrainer', 'ResumeTrainer', 'ModelCardTrainer',
-           'make_policy', 'check_policy', 'check_ids', 'check_arguments', 'EncodedTrainer', 'PreparedTrainer',
-           'DPOTrainer', 'plot_log']
+           'read_pairs', 'prepare_rows', 'check_columns', 'fit_rows', 'by_reply', 'token_inputs', 'reply_inputs',
+           'pair_inputs', 'loss_inputs', 'pair_metrics', 'reply_metrics', 'token_sums', 'metrics_of', 'as_means',
+           'as_batch', 'EpochOrder', 'RowTrainer', 'ChosenTrainer', 'LayoutTrainer', 'reference_mode',
+           'ReferenceTrainer', 'CacheTrainer', 'mismatched', 'MismatchTrainer', 'ReadTrainer', 'TableTrainer',
+           'ProbeTrainer', 'StillTrainer', 'LossTrainer', 'pulled_names', 'pulls', 'GatherTrainer', 'BaselineTrainer',
+           'WholeTrainer', 'StepTrainer', 'BackwardTrainer', 'running_sums', 'RunningTrainer', 'PieceTrainer',
+           'check_first_loss', 'check_finite', 'StepGuard', 'ReferenceGuard', 'LogTrainer', 'EvalTrainer',
+           'CoverTrainer', 'sample_replies', 'SampleTrainer', 'data_hash', 'CardTrainer', 'StateTrainer',
+           'ResumeTrainer', 'ModelCardTrainer', 'make_policy', 'check_policy', 'check_ids', 'check_arguments',
+           'EncodedTrainer', 'PreparedTrainer', 'DPOTrainer', 'plot_log']
 
 # %% ../nbs/10_trainer.ipynb #8a68cb54
 import contextlib, copy, dataclasses, hashlib, itertools, json, logging, math, time
@@ -379,11 +379,13 @@ def fit_rows(
 FILLER = "\0filler"  # id of a row that belongs to no pair of the data, see below
 TOKEN_EXTRAS = ("entropy", "top1")   # of `linear_logps`, with token_metrics
 
+def by_reply(out, batch, x:Tensor)->Tensor: # (N,) -> (2B,)
+    "A number of each scored token, summed over its reply."
+    return torch.zeros_like(out.sums).index_add(0, batch.owner, x.to(out.sums.dtype))
+
 def token_inputs(out, batch)->dict: # name -> (B,), of the first reply of each row
     "Sums over its tokens, where the log asks for them."
-    first = batch.owner < batch.n_pairs
-    def total(x): return torch.zeros_like(out.sums).index_add(0, batch.owner[first], x[first].to(out.sums))[:batch.n_pairs]
-    sums = {k: total(out.extras[k]) for k in TOKEN_EXTRAS if k in out.extras}
+    sums = {k: by_reply(out, batch, out.extras[k])[:batch.n_pairs] for k in TOKEN_EXTRAS if k in out.extras}
     return sums | dict(first_tokens=out.lengths[:batch.n_pairs].to(out.sums)) if sums else {}
 
 def reply_inputs(out, batch, ref, column)->dict: # of labelled replies, see `loss_inputs`
@@ -397,8 +399,7 @@ def pair_inputs(out, batch, ref, column)->dict: # of pairs, likewise
                   offset=column(r.offset for r in batch.rows))
     if ref is not None: inputs |= dict(ref_chosen_logps=ref[0].to(like), ref_rejected_logps=ref[1].to(like))
     if "sum_p2" not in out.extras: return inputs
-    token = (out.tokens - out.extras["sum_p2"]).detach().to(like.dtype)
-    gap = torch.zeros_like(like).index_add(0, batch.owner, token) / out.lengths.clamp(min=1)
+    gap = by_reply(out, batch, (out.tokens - out.extras["sum_p2"]).detach()) / out.lengths.clamp(min=1)
     return inputs | dict(chosen_wpo=gap[:B], rejected_wpo=gap[B:])
 
 def loss_inputs(
