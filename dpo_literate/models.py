@@ -6,8 +6,9 @@
 __all__ = ['PICKLES', 'BUNDLED', 'DTYPES', 'TINY', 'check_folder', 'has_code', 'cache_dir', 'bundled_gguf', 'convert_bundled',
            'write_folder', 'resolve_model', 'resolve_bundled', 'load_model', 'unreachable', 'no_dropout',
            'load_tokenizer', 'fast_bf16', 'tiny_config', 'tiny_model', 'adapter_base', 'put_on', 'shared_storage',
-           'weights_hash', 'model_identity', 'FrozenReference', 'put_back', 'AdapterOff', 'read_reference',
-           'CachedReference', 'table_path', 'table_sha', 'save_table', 'load_table', 'MovingReference']
+           'weights_hash', 'model_identity', 'Reference', 'NoReference', 'FrozenReference', 'put_back', 'AdapterOff',
+           'read_reference', 'CachedReference', 'table_path', 'table_sha', 'save_table', 'load_table', 'move_towards',
+           'MovingReference']
 
 # %% ../nbs/09_models.ipynb #a66fc782
 import contextlib, errno, hashlib, importlib.util, json, os
@@ -260,20 +261,38 @@ def model_identity(
     return json.loads(json.dumps(found, default=lambda x: sorted(map(str, x)) if isinstance(x, set) else str(x), sort_keys=True))
 
 # %% ../nbs/09_models.ipynb #f21fd2ab
-class FrozenReference:
+class Reference:
+    "What a training step asks of its reference; as it stands, of one that is not there."
+    def logps(self, batch:Batch)->tuple[Tensor,Tensor]|None:
+        "Chosen and rejected log-probabilities of a batch, both (B,); None: no loss asks."
+
+    def after_step(self, policy:nn.Module, step:int)->bool: # did it move?
+        "Called after each optimizer step, counted from 1."
+        return False
+
+    def state_dict(self)->dict: return {}
+    def load_state_dict(self, state:dict)->None: "What `state_dict` gave, put back."
+    def describe(self)->str: return "none: the loss has no reference"
+    def __repr__(self): return f"{type(self).__name__}({self.describe()})"
+
+class NoReference(Reference): "For losses that compare the policy with nothing."
+
+# %% ../nbs/09_models.ipynb #f21fd2ac
+class FrozenReference(Reference):
     "A second model that never learns."
     def __init__(self,
-        model:nn.Module,       # with storage of its own
-        source:str="ref_model",# where it came from, for the run's card
-    ): self.model, self.source = model.eval(), source
+        model:nn.Module,            # with storage of its own
+        source:str="ref_model",     # where it came from, for the run's card
+        scorer=packed_reply_logps,  # model, batch -> `ReplyLogps`
+    ): self.model, self.source, self.scorer = model.eval(), source, scorer
 
     @torch.no_grad()
     def logps(self, batch:Batch)->tuple[Tensor,Tensor]:
         "Chosen and rejected log-probabilities of a batch, both (B,)."
-        out = packed_reply_logps(self.model, batch)
+        out = self.scorer(self.model, batch)
         return out.chosen, out.rejected
 
-    def describe(self)->str: return f"a frozen model ({self.source})"
+    def describe(self)->str: return f"a frozen model: {self.source}"
 
 # %% ../nbs/09_models.ipynb #7c30b800
 @contextlib.contextmanager
@@ -289,26 +308,30 @@ def put_back(
         for name, p in now.items(): p.data.copy_(kept[name])
 
 # %% ../nbs/09_models.ipynb #be9127b5
-class AdapterOff:
+class AdapterOff(Reference):
     "The policy with its trainable tensors as they started."
     def __init__(self,
-        policy:nn.Module, # before its first step, part of it frozen
+        policy:nn.Module,           # before its first step, part of it frozen
+        scorer=packed_reply_logps,  # model, batch -> `ReplyLogps`
     ):
-        self.policy = policy
+        self.policy, self.scorer = policy, scorer
         self.learns = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         if len(self.learns) == len(list(policy.parameters())):
-            raise Refusal("every tensor of the policy learns, so it holds no reference: use FrozenReference or CachedReference")
+            raise Refusal("every tensor of the policy learns, so it holds no reference: "
+                          "use FrozenReference or CachedReference")
         self.start = {name: p.detach().clone() for name, p in self.learns.items()}
 
     @torch.no_grad()
     def logps(self, batch:Batch)->tuple[Tensor,Tensor]:
         "Chosen and rejected log-probabilities of a batch, both (B,)."
-        was = self.policy.training; self.policy.eval()
-        with put_back(self.learns, self.start): out = packed_reply_logps(self.policy, batch)
+        was = self.policy.training
+        self.policy.eval()
+        with put_back(self.learns, self.start): out = self.scorer(self.policy, batch)
         self.policy.train(was)
         return out.chosen, out.rejected
 
-    def describe(self)->str: return f"the policy with its {len(self.start)} trainable tensors as they started"
+    def describe(self)->str:
+        return f"the policy with its {len(self.start)} trainable tensors as they started"
 
 # %% ../nbs/09_models.ipynb #b60463c8
 @torch.no_grad()
@@ -316,18 +339,20 @@ def read_reference(
     model:nn.Module, # the reference, or the policy before its first step
     batches,         # packed or padded
     device="cpu",    # where to compute
+    scorer=packed_reply_logps, # model, batch -> `ReplyLogps`
 )->dict:             # row key -> (chosen, rejected), nat
     "Log-probabilities of every row, each batch scored once."
     table, was = {}, model.training
     model.eval()
     for batch in batches:
-        out = packed_reply_logps(model, batch.to(device))
-        table |= dict(zip([r.key for r in batch.rows], zip(out.chosen.tolist(), out.rejected.tolist())))
+        out = scorer(model, batch.to(device))
+        both = zip(out.chosen.tolist(), out.rejected.tolist())
+        table |= dict(zip([r.key for r in batch.rows], both))
     model.train(was)
     return table
 
 # %% ../nbs/09_models.ipynb #85546697
-class CachedReference:
+class CachedReference(Reference):
     "Log-probabilities read beforehand, by content of the row."
     def __init__(self,
         table:dict, # from `read_reference`
@@ -341,7 +366,8 @@ class CachedReference:
         both = torch.tensor([self.table[r.key] for r in batch.rows], dtype=torch.float64)
         return both.to(batch.input_ids.device).unbind(1)
 
-    def describe(self)->str: return f"cached log-probabilities of {len(self.table)} rows, from {self.source}"
+    def describe(self)->str:
+        return f"cached log-probabilities of {len(self.table)} rows, from {self.source}"
 
 # %% ../nbs/09_models.ipynb #f13baff4
 def table_path(folder:Path, context:dict)->Path:
@@ -356,7 +382,8 @@ def save_table(path:Path, table:dict, context:dict)->None:
     "Write a reference table, complete or absent."
     keys = torch.tensor([list(bytes.fromhex(k)) for k in table], dtype=torch.uint8)
     values = torch.tensor(list(table.values()), dtype=torch.float64)
-    note = {"context": json.dumps(context, sort_keys=True, default=str), "sha256": table_sha(keys, values)}
+    said = json.dumps(context, sort_keys=True, default=str)
+    note = {"context": said, "sha256": table_sha(keys, values)}
     write_atomic(path, save({"keys": keys, "values": values}, metadata=note))
 
 # %% ../nbs/09_models.ipynb #4434bf92
@@ -370,22 +397,40 @@ def load_table(path:Path)->dict:
     return {bytes(k).hex(): tuple(v) for k, v in zip(keys.tolist(), values.tolist())}
 
 # %% ../nbs/09_models.ipynb #6a40687b
+@torch.no_grad()
+def move_towards(
+    model:nn.Module,  # the reference
+    policy:nn.Module, # of the same shape
+    alpha:float,      # share of the way, in (0, 1]
+)->None:
+    "Formula (9.1)."
+    for own, theirs in zip(model.parameters(), policy.parameters(), strict=True):
+        own.copy_(theirs) if alpha == 1 else own.lerp_(theirs.to(own), alpha)
+
 class MovingReference(FrozenReference):
     "A frozen model that is pulled after the policy from time to time (arXiv:2404.09656)."
-    @torch.no_grad()
-    def follow(self,
-        policy:nn.Module, # of the same shape
-        alpha:float,      # share of the way, in (0, 1]
-    )->None:
-        "Formula (9.1)."
-        for mine, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
-            mine.copy_(theirs) if alpha == 1 else mine.lerp_(theirs.to(mine), alpha)
+    def __init__(self,
+        model:nn.Module, source:str="ref_model", scorer=packed_reply_logps, # as above
+        alpha:float=.6,  # share of the way
+        every:int=512,   # steps between two moves
+    ):
+        super().__init__(model, source, scorer)
+        self.alpha, self.every = alpha, every
 
-    def state(self)->dict: return {name: t.detach().cpu().contiguous() for name, t in self.model.named_parameters()}
+    def after_step(self, policy:nn.Module, step:int)->bool:
+        "Move where it is time."
+        if step % self.every: return False
+        move_towards(self.model, unwrapped(policy), self.alpha)
+        return True
+
+    def state_dict(self)->dict:
+        return {name: t.detach().cpu().contiguous() for name, t in self.model.named_parameters()}
 
     @torch.no_grad()
-    def load_state(self, tensors:dict)->None:
-        "Take a state up again; the checkpoint of a run holds it."
-        mine = dict(self.model.named_parameters())
-        if mine.keys() != tensors.keys(): raise Refusal("the moving reference of the checkpoint has other tensors than this model", 6)
-        for name, t in tensors.items(): mine[name].copy_(t)
+    def load_state_dict(self, state:dict)->None:
+        "The reference as a checkpoint holds it."
+        own = dict(self.model.named_parameters())
+        if own.keys() != state.keys():
+            raise Refusal("the moving reference of the checkpoint has other tensors "
+                          "than this model", 6)
+        for name, t in state.items(): own[name].copy_(t)

@@ -263,6 +263,7 @@ class Row:
     chosen_weights:list[float]|None=None   # per token; None = all ones
     rejected_weights:list[float]|None=None # likewise
     label:bool|None=None   # of a reply alone, which stands in `chosen_ids`: good or not
+    filler:bool=False      # stands for no pair of the data; evens out processes
 
     @cached_property
     def key(self)->str:    # content of the row, not its place

@@ -141,7 +141,7 @@ def test_refusals_in_one_sentence(tmp_path):
     model = scorer()
     with torch.no_grad(): model.base_model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
     before = weights_hash(model)
-    with pytest.raises(Refusal, match="step 1.*not finite") as e: trained(tmp_path, model)
+    with pytest.raises(Refusal, match="not finite") as e: trained(tmp_path, model)
     assert e.value.code == 3 and weights_hash(model) == before
 
 

@@ -17,12 +17,16 @@ from dpo_literate.losses import LOSSES, register_loss
 from dpo_literate.models import tiny_model, weights_hash
 from dpo_literate.results import Refusal
 from dpo_literate.rows import Row, encode_pairs, tiny_tokenizer
-from dpo_literate.trainer import DIFFERS, GIVEN, INSTEAD, READS, TRL_DEFAULTS, DPOConfig, DPOTrainer, TRLTable, fate, settings_of
+from dpo_literate.settings import (CONFIG_TO_LOSS, DIFFERS, PAIR_INPUTS, REFUSED, TRL_DEFAULTS, UNNEEDED, DPOConfig,
+                                   TRLTable, settings_of, trl_status)
+from dpo_literate.step import PreferenceStep, gather_columns
+from dpo_literate.port import identity
+from dpo_literate.trainer import DPOTrainer
 
 TOKENIZER = tiny_tokenizer()
 PAIRS = [dict(prompt=f"the cat {'sat ' * (i % 3)}", chosen=f"on the mat {i}", rejected=f"and the dog {'sat ' * (i % 4)}{i}") for i in range(7)]
 PAIRED = sorted(n for n, l in getattr(registry, "all_losses", lambda: LOSSES)().items()   # the losses of later pages too
-                if getattr(l, "paired", True) and set(getattr(l, "required", l.needs)) <= set(GIVEN))
+                if getattr(l, "paired", True) and set(getattr(l, "required", l.needs)) <= set(PAIR_INPUTS))
 KINDS = ("llama", "qwen2", "qwen3", "gpt2", "gemma2")
 
 
@@ -83,7 +87,7 @@ def test_any_cut_gives_the_same_weights(tmp_path, kind, double_softmax):
     assert whole.state.global_step == 5
     for b, a, layout in ((2, 4, "packed"), (1, 8, "padded"), (4, 2, "packed"), (8, 1, "packed")):
         cut = train(tmp_path / f"{b}{a}{layout}", exact(kind), rows, per_device_train_batch_size=b, gradient_accumulation_steps=a, layout=layout)
-        assert cut.layout == layout and apart(whole.model, cut.model) <= 1e-10
+        assert cut.step.layout.kind == layout and apart(whole.model, cut.model) <= 1e-10
         assert max(abs(x - y) for x, y in zip(losses(whole), losses(cut), strict=True)) <= 1e-10
 
 
@@ -152,7 +156,7 @@ def test_windowed_model_falls_back_and_says_so(tmp_path):
     torch.manual_seed(0)
     t = train(tmp_path, transformers.AutoModelForCausalLM.from_config(narrow, dtype=torch.float64))
     card = json.loads((tmp_path / "run_card.json").read_text())
-    assert t.layout == card["layout"] == "padded" and "window of 4" in card["why_padded"]
+    assert t.step.layout.kind == card["layout"] == "padded" and "window of 4" in card["why_padded"]
 
 
 # ------------------------------------------------------------ settings (T36) and TRL's names
@@ -167,17 +171,38 @@ def test_the_table_is_that_of_the_installed_trl():
     changed = {f.name for f in dataclasses.fields(trl.DPOConfig) if f.name in base and f.name in vars(trl.DPOConfig).get("__annotations__", {})}
     assert changed <= set(TRL_DEFAULTS)
     mine = {f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory() for f in dataclasses.fields(DPOConfig)}
-    assert all(mine[k] == v or k in DIFFERS for k, v in TRL_DEFAULTS.items() if k not in INSTEAD) and set(DIFFERS) <= set(TRL_DEFAULTS) - set(INSTEAD)
+    other = set(REFUSED) | set(UNNEEDED)
+    assert all(mine[k] == v or k in DIFFERS for k, v in TRL_DEFAULTS.items() if k not in other) and set(DIFFERS) <= set(TRL_DEFAULTS) - other
     assert TRLTable()._repr_markdown_().count("\n") == len(TRL_DEFAULTS) + 1
 
 
-def test_what_the_table_says_is_what_happens(tmp_path):
-    other = dict(trust_remote_code=True, router_aux_loss_coef=.1, dataset_num_proc=2, pad_to_multiple_of=8, precompute_ref_batch_size=2, pad_token="x", activation_offloading=True, use_liger_kernel=True,
-                 neftune_noise_alpha=5., label_smoothing_factor=.1, dataloader_drop_last=True, train_sampling_strategy="sequential", auto_find_batch_size=True, torch_compile=True, include_num_input_tokens_seen="all")
-    assert set(other) == set(INSTEAD)
-    for name, value in other.items():
+def test_what_the_table_says_is_what_happens(tmp_path, caplog):
+    refused = dict(trust_remote_code=True, neftune_noise_alpha=5., label_smoothing_factor=.1)
+    unneeded = dict(dataset_num_proc=2, pad_to_multiple_of=8, precompute_ref_batch_size=2, activation_offloading=True, use_liger_kernel=True,
+                    torch_compile=True, auto_find_batch_size=True, include_num_input_tokens_seen="all")
+    assert set(refused) == set(REFUSED) and set(unneeded) == set(UNNEEDED)
+    for name, value in refused.items():
         with pytest.raises(Refusal, match=name): config(tmp_path, **{name: value})
-        if name in TRL_DEFAULTS: assert fate(name).startswith("refused")
+        if name in TRL_DEFAULTS: assert trl_status(name).startswith("refused")
+    for name, value in unneeded.items():
+        caplog.clear(); args = config(tmp_path, **{name: value})
+        left = getattr(args, name)
+        assert getattr(left, "value", left) == UNNEEDED[name][0] and caplog.text.count(f"{name}=") == 1 and UNNEEDED[name][1] in caplog.text
+        if name in TRL_DEFAULTS: assert trl_status(name).startswith("accepted, not needed")
+    assert not any(tmp_path.iterdir())
+
+
+def test_speed_settings_change_no_weight(tmp_path):
+    plain = train(tmp_path / "a", exact("llama"))
+    for i, given in enumerate((dict(dataset_num_proc=2, pad_to_multiple_of=8, precompute_ref_batch_size=1), dict(use_liger_kernel=True, torch_compile=True, activation_offloading=True))):
+        assert apart(plain.model, train(tmp_path / str(i), exact("llama"), **given).model) == 0.
+
+
+def test_the_order_can_be_that_of_the_file_and_the_last_step_left_out(tmp_path):
+    t = trainer(tmp_path / "a", train_sampling_strategy="sequential")
+    assert list(t.order) == list(range(7))
+    dropped = train(tmp_path / "b", dataloader_drop_last=True, per_device_train_batch_size=4)
+    assert dropped.state.global_step == 1 and train(tmp_path / "c", per_device_train_batch_size=4).state.global_step == 2
 
 
 @pytest.mark.parametrize("setting,word", [
@@ -204,7 +229,7 @@ def test_a_loss_that_asks_for_more_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", PAIRED)
 def test_every_setting_reaches_a_loss_or_is_refused(tmp_path, name):
     loss, other = LOSSES[name], dict(label_smoothing=.2, f_divergence_type="js_divergence", f_alpha_divergence_coef=.25, discopop_tau=.2, desirable_weight=2., undesirable_weight=.5)
-    for setting, aliases in READS.items():
+    for setting, aliases in CONFIG_TO_LOSS.items():
         reaches = any(k in loss.hyper for k in aliases)
         if reaches: assert other[setting] in settings_of(loss, config(tmp_path, loss_type=name, **{setting: other[setting]})).values()
         else:
@@ -239,7 +264,7 @@ def test_arguments_that_have_no_place(tmp_path):
     half = copy.deepcopy(model); half.lm_head.weight = model.lm_head.weight
     with pytest.raises(Refusal, match="lm_head.weight"): trainer(tmp_path / "x", model, ref_model=half)
     with pytest.raises(Refusal, match="train_dataset"): trainer(tmp_path / "x", data=None)
-    with pytest.raises(Refusal, match="dpo_literate.trainer.DPOConfig"): DPOTrainer(model, args=transformers.TrainingArguments(str(tmp_path / "x")), train_dataset=PAIRS, processing_class=TOKENIZER)
+    with pytest.raises(Refusal, match="dpo_literate.settings.DPOConfig"): DPOTrainer(model, args=transformers.TrainingArguments(str(tmp_path / "x")), train_dataset=PAIRS, processing_class=TOKENIZER)
     with pytest.raises(Refusal, match="trainable"): trainer(tmp_path / "x", tiny_model().requires_grad_(False))
     with pytest.raises(Refusal, match="embeddings"): trainer(tmp_path / "x", tiny_model(vocab_size=100))
     assert not any(tmp_path.iterdir())
@@ -275,13 +300,13 @@ def test_the_reference_never_moves(tmp_path, how):
     model = tiny_model() if how == "frozen" else lora(tiny_model())
     if how == "embeddings": model.get_input_embeddings().weight.requires_grad_(True)
     t = trainer(tmp_path, model, precompute_ref_log_probs=how == "cached", num_train_epochs=10, learning_rate=1e-2)
-    t.prepare_reference()
-    probe, = t.pieces(t.rows[:4])
-    before = torch.cat(t.reference.logps(probe))
+    t.begin_run()
+    probe, = t.step.layout(t.rows[:4])
+    before = torch.cat(t.step.reference.logps(probe))
     t.train()
-    assert t.state.global_step == 20 and torch.equal(before, torch.cat(t.reference.logps(probe)))
+    assert t.state.global_step == 20 and torch.equal(before, torch.cat(t.step.reference.logps(probe)))
     moved = weights_hash(t.model)
-    assert abs(t.collect([probe])[0]["policy_chosen_logps"] - before[:4]).max() > .1 and weights_hash(t.model) == moved
+    assert abs(gather_columns(t.step, t.model, [probe])[0]["policy_chosen_logps"] - before[:4]).max() > .1 and weights_hash(t.model) == moved
 
 
 @pytest.mark.parametrize("how", ["frozen", "adapter", "cached model", "cached adapter", "table", "moving"])
@@ -293,8 +318,8 @@ def test_a_reference_that_moved_stops_the_run_at_its_checkpoint(tmp_path, how):
     class Nudge(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             if state.global_step != 3: return
-            if how == "table": t.reference.table = {k: (a + 1e-9, b) for k, (a, b) in t.reference.table.items()}
-            else: next(p for n, p in (t.model if adapter else t.ref_model or t.reference.model).named_parameters() if "q_proj" in n and not (adapter and p.requires_grad)).data[0, 0] += .01
+            if how == "table": t.step.reference.table = {k: (a + 1e-9, b) for k, (a, b) in t.step.reference.table.items()}
+            else: next(p for n, p in (t.model if adapter else t.ref_model or t.step.reference.model).named_parameters() if "q_proj" in n and not (adapter and p.requires_grad)).data[0, 0] += .01
     settings = dict(save_strategy="steps", save_steps=2, num_train_epochs=3, per_device_train_batch_size=4, precompute_ref_log_probs=how in ("cached model", "cached adapter", "table"), sync_ref_model=how == "moving",
                     **({"ref_model_sync_steps": 2} if how == "moving" else {}))
     if how == "moving": settings["precompute_ref_log_probs"] = None
@@ -312,10 +337,10 @@ def test_the_adapter_is_its_own_reference(tmp_path):
     train(tmp_path / "a", lora(tiny_model()), num_train_epochs=3, learning_rate=1e-2).model.save_pretrained(tmp_path / "adapter")
     apart_ = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
     model = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", is_trainable=True)
-    t = trainer(tmp_path / "b", model); t.prepare_reference()
-    probe, = t.pieces(t.rows)
+    t = trainer(tmp_path / "b", model); t.begin_run()
+    probe, = t.step.layout(t.rows)
     with torch.no_grad(): want = dpo_literate_logps(apart_, probe)
-    assert (torch.cat(t.reference.logps(probe)) - want).abs().max() <= 1e-10
+    assert (torch.cat(t.step.reference.logps(probe)) - want).abs().max() <= 1e-10
 
 
 def dpo_literate_logps(model, batch):
@@ -333,7 +358,7 @@ def test_another_reference_only_when_meant(tmp_path):
 
 def read_by(monkeypatch):
     "How many rows each run reads from its reference."
-    import dpo_literate.trainer as module
+    import dpo_literate.reference_table as module
     seen, real = [], module.read_reference
     monkeypatch.setattr(module, "read_reference", lambda model, batches, *rest: (seen.append(sum(b.n_pairs for b in batches)), real(model, batches, *rest))[1])
     return seen
@@ -344,9 +369,9 @@ def test_the_cache_is_keyed_by_all_it_depends_on(tmp_path, monkeypatch):
     seen, n = read_by(monkeypatch), len(PAIRS)
     def run(model=None, data=PAIRS, **settings):
         before = len(seen)
-        t = trainer(tmp_path, model, data, **settings); t.prepare_reference()
-        probe = t.pieces(t.rows)
-        fresh = torch.cat([torch.stack(t.reference.logps(b)) - dpo_literate_logps(t.model, b).view(2, -1) for b in probe], 1)
+        t = trainer(tmp_path, model, data, **settings); t.begin_run()
+        probe = t.step.layout(t.rows)
+        fresh = torch.cat([torch.stack(t.step.reference.logps(b)) - dpo_literate_logps(t.model, b).view(2, -1) for b in probe], 1)
         assert fresh.abs().max() < 1e-8
         return sum(seen[before:])
     assert run() == n and run() == 0
@@ -355,7 +380,7 @@ def test_the_cache_is_keyed_by_all_it_depends_on(tmp_path, monkeypatch):
     wider = tiny_tokenizer(); wider.add_tokens(["zebra"])
     other = tiny_tokenizer(); other.chat_template += " "
     assert run(processing_class=wider) == n and run(processing_class=other) == n                 # vocabulary, template
-    assert run(max_length=512) == n and run(truncation_mode="keep_start") == n                   # length rules
+    assert run(max_length=512) == n and run(truncation_mode="refuse") == n                   # length rules
     assert run(ld_alpha=.5) == n and run(layout="padded") == n                                   # weighting, layout
     bit = tiny_model(); flip = bit.lm_head.weight.data.view(-1)[:1].view(torch.int64); flip ^= 1
     assert run(bit) == n                                                                         # one bit
@@ -385,8 +410,8 @@ def test_a_following_reference_survives_a_stop(tmp_path):
     again.allow_change = ["max_steps"]
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == whole.state.global_step == 7
-    assert weights_hash(again.model) == weights_hash(whole.model) and weights_hash(again.reference.model) == weights_hash(whole.reference.model)
-    assert weights_hash(whole.reference.model) not in (weights_hash(tiny_model()), weights_hash(whole.model))
+    assert weights_hash(again.model) == weights_hash(whole.model) and weights_hash(again.step.reference.model) == weights_hash(whole.step.reference.model)
+    assert weights_hash(whole.step.reference.model) not in (weights_hash(tiny_model()), weights_hash(whole.model))
     with pytest.raises(Refusal, match="whole"): trainer(tmp_path / "x", lora(tiny_model()), **settings)
 
 
@@ -469,9 +494,9 @@ def test_every_shape_of_data(tmp_path):
 def test_rows_of_an_epoch(tmp_path, monkeypatch):
     "T33: each row once an epoch, whatever the batch."
     for n in (1, 7, 8, 9):
-        seen, real = [], DPOTrainer.objective
+        seen, real = [], PreferenceStep.loss
         with monkeypatch.context() as m:
-            m.setattr(DPOTrainer, "objective", lambda self, model, piece: (seen.extend(r.id for r in piece.rows), real(self, model, piece))[1])
+            m.setattr(PreferenceStep, "loss", lambda self, model, piece: (seen.extend(r.id for r in piece.rows), real(self, model, piece))[1])
             t = train(tmp_path / str(n), data=[dict(PAIRS[i % 7], id=str(i), rejected=f"no {i}") for i in range(n)], per_device_train_batch_size=2, gradient_accumulation_steps=3, num_train_epochs=2)
         assert sorted(seen) == sorted(str(i) for i in range(n) for _ in (0, 1))
         assert t.state.epoch == 2
@@ -534,17 +559,17 @@ def test_few_questions_to_the_device(tmp_path, monkeypatch):
     asked = []
     for name in ("item", "tolist", "__bool__", "__float__"):
         real = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, real=real, name=name: (asked.append(name) if sys._getframe(1).f_globals["__name__"] in ("dpo_literate.trainer", "transformers.trainer") else None, real(self, *a))[1])
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, real=real, name=name: (asked.append(name) if sys._getframe(1).f_globals["__name__"] in ("dpo_literate.trainer", "dpo_literate.step", "dpo_literate.objective", "dpo_literate.run_folder", "transformers.trainer") else None, real(self, *a))[1])
     t = trainer(tmp_path, data=[dict(PAIRS[i % 7], rejected=f"no {i}") for i in range(32)], per_device_train_batch_size=2, gradient_accumulation_steps=8, logging_steps=100)
-    t.prepare_reference(); asked.clear(); t.train()
+    t.begin_run(); asked.clear(); t.train()
     assert t.state.global_step == 2 and len(asked) <= 2 * 2 + 4, asked
 
 
 def test_nan_stops_before_the_step(tmp_path):
     for where, word in ((0, "loss of row"), (2, "not finite")):
-        t = trainer(tmp_path / str(where)); t.prepare_reference()
+        t = trainer(tmp_path / str(where)); t.begin_run()
         before = [p.clone() for p in t.model.parameters()]
-        if where == 0: t.reference.table = {k: (float("nan"), 0.) for k in t.reference.table}; t.checked = True
+        if where == 0: t.step.reference.table = {k: (float("nan"), 0.) for k in t.step.reference.table}; t.step.start_tolerance = None
         else: t.model.lm_head.weight.register_hook(lambda g: g * float("inf"))
         with pytest.raises(Refusal, match=word) as why: t.train()
         assert why.value.code == 3 and all(torch.equal(a, b) for a, b in zip(before, t.model.parameters()))
@@ -554,12 +579,12 @@ def test_card_and_identity(tmp_path):
     t = train(tmp_path)
     card = json.loads((tmp_path / "run_card.json").read_text())
     assert card["rows"]["train"]["rows_in"] == 7 and card["layout"] == "packed" and len(card["identity"]["reference"]["weights"]) == 64
-    one = t.run_identity()
-    assert json.loads(json.dumps(one, default=str)) == card["identity"]
-    changes = dict(beta=dict(beta=.2), seed=dict(seed=1), batch=dict(per_device_train_batch_size=2), losses=dict(label_smoothing=.1))
+    assert json.loads(json.dumps(t.run_identity(), default=str)) == card["identity"]
+    one = identity(t)
+    changes = dict(beta=dict(beta=.2), seed=dict(seed=1), per_device_train_batch_size=dict(per_device_train_batch_size=2), losses=dict(label_smoothing=.1))
     for key, settings in changes.items():
-        other = trainer(tmp_path / key, **settings); other.prepare_reference()
-        assert other.run_identity()[key] != one[key]
+        other = trainer(tmp_path / key, **settings); other.begin_run()
+        assert identity(other)[key] != one[key]
     other = trainer(tmp_path / "d", data=[dict(PAIRS[0], weight=2.), *PAIRS[1:]]); assert other.run_identity()["data"] != one["data"]
 
 
@@ -652,7 +677,7 @@ def test_same_seed_same_weights_and_another_order_for_another(tmp_path):
 
 
 def test_bf16_on_a_cpu_without_it_is_said(tmp_path, caplog, monkeypatch):
-    import dpo_literate.trainer as t
+    import dpo_literate.settings as t
     from dpo_literate.reward_model import RewardConfig
     for able in (True, False):
         monkeypatch.setattr(t, "fast_bf16", lambda: able)

@@ -8,10 +8,11 @@ import torch
 from dpo_literate.losses import LOSSES, all_losses
 from dpo_literate.models import tiny_model
 from dpo_literate.rows import Row, encode_pairs, split_pairs
-from dpo_literate.trainer import ALONE, GIVEN, mismatched, settings_of
+from dpo_literate.objective import mismatched
+from dpo_literate.settings import PAIR_INPUTS, REPLY_INPUTS, settings_of
 from test_trainer import PAIRS, TOKENIZER, config, double_softmax, exact, train, trainer  # noqa: F401
 
-NAMES = sorted(n for n, l in all_losses().items() if set(l.required) <= set(GIVEN if l.paired else ALONE))
+NAMES = sorted(n for n, l in all_losses().items() if set(l.required) <= set(PAIR_INPUTS if l.paired else REPLY_INPUTS))
 FAMILIES = ("llama", "qwen3", "gpt2", "gemma2")
 OFFSETS = (0., .5, -.25)
 
@@ -65,7 +66,7 @@ def plain_gradient(model, ref, rows, name, args):
 
 def step(t, batches):
     "Loss and gradient of one optimizer step of a trainer over these micro-batches."
-    t.model.zero_grad(set_to_none=True); t.clear_log()
+    t.model.zero_grad(set_to_none=True); t.step.meter.clear()
     micro, n = t.get_batch_samples(iter([{"rows": b} for b in batches]), len(batches), t.args.device)
     loss = sum(t.training_step(t.model, m, n).item() for m in micro)
     return loss, [torch.zeros_like(p) if p.grad is None else p.grad for p in t.model.parameters()]
@@ -75,7 +76,7 @@ def made(path, name, kind="llama", rows=None, **settings):
     rows = rows_of(LOSSES[name]) if rows is None else rows
     reference = dict(ref_model=exact(kind, seed=1), other_reference=True) if LOSSES[name].reference else {}
     t = trainer(path, exact(kind), rows, loss_type=name, precompute_ref_log_probs=False, **(reference | settings))
-    t.prepare_reference(); t.checked = True
+    t.begin_run(); t.step.start_tolerance = None
     return t
 
 
@@ -88,7 +89,7 @@ def far(a, b): return max(((x - y).abs().max() / max(1., x.abs().max().item())).
 def test_packed_is_plain(tmp_path, name, kind):
     rows = rows_of(LOSSES[name])
     t = made(tmp_path, name, kind)
-    assert t.layout == "packed"
+    assert t.step.layout.kind == "packed"
     want, slow = plain_gradient(t.model, t.ref_model if t.ref_model is not None else t.model, rows, name, t.args)
     for cut in ([rows], [rows[:1], rows[1:4], rows[4:]]):
         got, fast = step(t, cut)
@@ -113,12 +114,12 @@ def test_a_shift_of_both_rewards(tmp_path, name):
     loss = LOSSES[name]
     if not (loss.reference and loss.paired): pytest.skip("no pair of reference numbers")
     t = made(tmp_path, name)
-    rows, real = t.rows, t.reference.logps
+    rows, real = t.rows, t.step.reference.logps
     before = step(t, [rows])
     shift = {r.id: float(i * 7 % 5 + 1) for i, r in enumerate(rows)}
     def moved(self, batch):
         by = torch.tensor([shift[r.id] for r in batch.rows]); return tuple(x + by for x in real(batch))
-    t.reference.logps = types.MethodType(moved, t.reference)
+    t.step.reference.logps = types.MethodType(moved, t.step.reference)
     after = step(t, [rows])
     same = abs(before[0] - after[0]) <= 1e-9 and far(before[1], after[1]) <= 1e-9
     if "level" in loss.relations or name == "rpo": assert same       # rpo's likelihood term sees the level, and no reference

@@ -5,12 +5,15 @@ import math
 import pytest
 import torch
 
-from dpo_literate.checkpoints import tokenizer_hash
+from dpo_literate.run_folder import tokenizer_hash
 from dpo_literate.models import weights_hash
 from dpo_literate.preferences import as_chat, check_preferences, leakage, load_any, load_preferences, load_unpaired
 from dpo_literate.results import Refusal
 from dpo_literate.rows import encode_pair, encode_pairs, split_pairs, tiny_tokenizer
-from dpo_literate.trainer import FILLER, epoch_order, mismatched
+from dpo_literate.objective import mismatched
+from dpo_literate.step import epoch_order, filler
+from dpo_literate.port import identity
+from dpo_literate.trainer import reference_context
 from test_cli import here, model as model_folder  # noqa: F401
 from test_trainer import PAIRS, TOKENIZER, apart, config, exact, lines, lora, losses, quiet, read_by, train, trainer  # noqa: F401
 
@@ -102,8 +105,8 @@ def test_any_cut_is_the_plain_loop(tmp_path, name, kind):
         t = run(tmp_path / f"{b}", name, kind, rows, b, a, **more)
         assert apart(t.model, model) <= 1e-10, (b, a)
         assert losses(t) == pytest.approx(told, abs=1e-10)
-        assert t.layout == more.get("layout", "packed") and t.split is None
-        if name == "bco": assert t.running.seen["reward_mean"] == pytest.approx(mean, abs=1e-10)
+        assert t.step.layout.kind == more.get("layout", "packed") and not t.notes
+        if name == "bco": assert t.step.objective.numbers.running.seen["reward_mean"] == pytest.approx(mean, abs=1e-10)
 
 
 def test_weights_of_the_two_labels(tmp_path):
@@ -135,10 +138,8 @@ def test_a_neighbour_with_the_same_prompt_is_passed_over():
     said = [(TOKENIZER.decode(r.prompt_ids), TOKENIZER.decode(r.chosen_ids[:-1])) for r in found]
     assert said == [("a", "4"), ("a", "4"), ("b", "2"), ("c", "3")]
     assert mismatched(rows[:2]) == [None, None] and mismatched(rows[:1]) == [None]
-    import dataclasses
-    filler = dataclasses.replace(rows[2], id=FILLER)
-    assert mismatched([rows[0], filler]) == [None, None]
-    assert len(mismatched(rows, most=len(rows[0].prompt_ids) + 1)[0].chosen_ids) == 1
+    assert mismatched([rows[0], filler(rows[2])]) == [None, None]
+    assert len(mismatched(rows, max_tokens=len(rows[0].prompt_ids) + 1)[0].chosen_ids) == 1
 
 
 def test_the_reference_is_read_for_them_beforehand(tmp_path, monkeypatch):
@@ -163,11 +164,11 @@ def test_a_step_of_one_has_nothing_to_measure_against(tmp_path):
 def test_pairs_are_split_and_it_is_said(tmp_path, name, capsys):
     t = train(tmp_path / "pairs", data=PAIRS, loss_type=name, per_device_train_batch_size=4)
     assert capsys.readouterr().out.count("each pair is read as two labelled replies") == 1
-    assert len(t.rows) == 14 and "two labelled replies" in json.loads((tmp_path / "pairs" / "run_card.json").read_text())["split"]
+    assert len(t.rows) == 14 and "two labelled replies" in json.loads((tmp_path / "pairs" / "run_card.json").read_text())["notes"][0]
     alone = [dict(prompt=p["prompt"], completion=p[k], label=k == "chosen") for p in PAIRS for k in ("chosen", "rejected")]
     other = train(tmp_path / "replies", data=alone, loss_type=name, per_device_train_batch_size=4)
     assert weights_hash(t.model) == weights_hash(other.model) and losses(t) == losses(other)
-    assert json.loads((tmp_path / "replies" / "run_card.json").read_text())["split"] is None
+    assert json.loads((tmp_path / "replies" / "run_card.json").read_text())["notes"] == []
 
 
 def test_heaps_of_pairs_are_heaps_of_their_replies(tmp_path):
@@ -176,7 +177,7 @@ def test_heaps_of_pairs_are_heaps_of_their_replies(tmp_path):
     t = train(tmp_path / "pairs", exact("llama"), data=PAIRS, per_device_train_batch_size=7, **settings)
     rows, _ = encode_pairs(PAIRS, TOKENIZER)
     other = train(tmp_path / "replies", exact("llama"), data=split_pairs(rows), per_device_train_batch_size=14, **settings)
-    assert t.split is None and losses(t) == pytest.approx(losses(other), abs=1e-12) and apart(t.model, other.model) <= 1e-10
+    assert not t.notes and losses(t) == pytest.approx(losses(other), abs=1e-12) and apart(t.model, other.model) <= 1e-10
 
 
 @pytest.mark.parametrize("settings,word", [(dict(), "kto, bco"), (dict(loss_type="aot"), "aot compares"), (dict(loss_type=["sigmoid", "sft"]), "sigmoid, sft compares"),
@@ -227,7 +228,7 @@ def test_a_run_goes_on_to_the_bit(tmp_path, name):
     again = trainer(tmp_path / "cut", data=data, **settings)
     again.allow_change = ["max_steps"]; again.train(resume_from_checkpoint=True)
     assert weights_hash(again.model) == weights_hash(whole.model) and again.state.global_step == whole.state.global_step > 3
-    if name != "kto": assert again.running.seen == whole.running.seen and len(again.running.seen) == 1
+    if name != "kto": assert again.step.objective.numbers.running.seen == whole.step.objective.numbers.running.seen and len(again.step.objective.numbers.running.seen) == 1
     def said(t): return [{k: v for k, v in h.items() if "second" not in k and "runtime" not in k} for h in t.state.log_history if "train_loss" not in h]
     assert said(whole) == said(again)
 
@@ -237,8 +238,8 @@ def test_running_means_are_told_once_a_step(tmp_path, cut):
     "β-DPO: the running mean of the gap, by hand, and the same weights under another cut."
     whole = train(tmp_path / "whole", exact("llama"), loss_type="beta_dpo", num_train_epochs=3, per_device_train_batch_size=4, learning_rate=1e-2)
     other = train(tmp_path / "cut", exact("llama"), loss_type="beta_dpo", num_train_epochs=3, per_device_train_batch_size=cut[0], gradient_accumulation_steps=cut[1], learning_rate=1e-2)
-    assert apart(whole.model, other.model) <= 1e-10 and whole.running.seen["gap_mean"] == pytest.approx(other.running.seen["gap_mean"], abs=1e-10)
-    assert abs(whole.running.seen["gap_mean"]) > 1e-3
+    assert apart(whole.model, other.model) <= 1e-10 and whole.step.objective.numbers.running.seen["gap_mean"] == pytest.approx(other.step.objective.numbers.running.seen["gap_mean"], abs=1e-10)
+    assert abs(whole.step.objective.numbers.running.seen["gap_mean"]) > 1e-3
 
 
 # ------------------------------------------------------------ against TRL
@@ -248,7 +249,7 @@ def test_trl_step_by_step(tmp_path, monkeypatch, name):
     "TRL's KTOTrainer as an oracle, in its fixed order, its micro-batch the whole step."
     trl = pytest.importorskip("trl")
     import datasets
-    import dpo_literate.trainer as module
+    import dpo_literate.step as module
     from dpo_literate.models import tiny_model
     chat = [dict(prompt=[dict(role="user", content=r["prompt"])], completion=[dict(role="assistant", content=r["completion"])], label=r["label"]) for r in REPLIES[:16]]
     given = dict(use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1, num_train_epochs=3, per_device_train_batch_size=8, learning_rate=1e-3, lr_scheduler_type="constant", loss_type=name, bf16=False, max_length=None)
@@ -347,9 +348,9 @@ def test_labels_are_part_of_the_data(tmp_path):
 
 def test_identities_have_one_tokenizer_hash(tmp_path):
     t = trainer(tmp_path)
-    t.prepare_reference()
-    assert "tokenizer" not in t.run_identity() and t.identity()["tokenizer"] == tokenizer_hash(t.processing_class) == t.reference_context()["tokenizer"]
-    assert t.identity()["order_seed"] == t.order.seed and tokenizer_hash(tiny_tokenizer("plain")) != tokenizer_hash(TOKENIZER)
+    t.begin_run()
+    assert "tokenizer" not in t.run_identity() and identity(t)["tokenizer"] == tokenizer_hash(t.processing_class) == reference_context(t)["tokenizer"]
+    assert identity(t)["order_seed"] == t.order.seed and tokenizer_hash(tiny_tokenizer("plain")) != tokenizer_hash(TOKENIZER)
 
 
 # ------------------------------------------------------------ the command line

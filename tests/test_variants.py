@@ -344,16 +344,18 @@ def test_every_trl_name_is_a_loss():
 
 @pytest.mark.parametrize("name", TRL_NAMES)
 def test_every_trl_name_is_a_configuration(name, tmp_path):
-    from dpo_literate.trainer import DPOConfig, constant_at_init
+    from dpo_literate.objective import start_value
+    from dpo_literate.settings import DPOConfig, objective_of
     args = DPOConfig(str(tmp_path), loss_type=name, label_smoothing=.01 if name in ("exo_pair", "robust") else 0., report_to="none")
-    found = constant_at_init(args)
+    found = start_value(objective_of(args))
     assert found is None or math.isfinite(found)
 
 
 def test_lists_with_weights_are_a_configuration(tmp_path):
-    from dpo_literate.trainer import DPOConfig, constant_at_init
+    from dpo_literate.objective import start_value
+    from dpo_literate.settings import DPOConfig, objective_of
     args = DPOConfig(str(tmp_path), loss_type=["sigmoid", "bco_pair"], loss_weights=[.8, .2], report_to="none")
-    assert constant_at_init(args) == pytest.approx(.8 * math.log(2) + .4 * math.log(2), abs=1e-12)
+    assert start_value(objective_of(args)) == pytest.approx(.8 * math.log(2) + .4 * math.log(2), abs=1e-12)
 
 
 # ------------------------------------------------------------ one world

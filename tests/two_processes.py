@@ -10,8 +10,10 @@ import torch
 import transformers
 from test_trainer import PAIRS, TOKENIZER, config, exact, lora, ranked
 
-import dpo_literate.trainer as module
+import dpo_literate.run_folder as module
 from dpo_literate.results import Refusal
+from dpo_literate.objective import is_filler
+from dpo_literate.step import PreferenceStep
 from dpo_literate.trainer import DPOTrainer
 
 MODE = sys.argv[2] if len(sys.argv) > 2 and __name__ == "__main__" else "one"
@@ -44,8 +46,8 @@ COPIES = dict(adapter=(7, 2, 1, dict(precompute_ref_log_probs=False)), frozen=(7
 def run(folder, name, case, world):
     "One training: its weights, log, evaluation, and the rows this process read."
     n, micro, accumulation, settings = case
-    seen, writes, real, write = [], [], DPOTrainer.objective, module.write_atomic
-    DPOTrainer.objective = lambda self, model, piece: (seen.extend(r.id for r in piece.rows), real(self, model, piece))[1]
+    seen, writes, real, write = [], [], PreferenceStep.loss, module.write_atomic
+    PreferenceStep.loss = lambda self, model, piece: (seen.extend(r.id for r in piece.rows if not is_filler(r)), real(self, model, piece))[1]
     module.write_atomic = lambda path, text: (writes.append(str(path)), write(path, text))[1]
     torch.manual_seed(0)
     model = lora(exact("llama")) if name == "adapter" else exact("llama")
@@ -58,18 +60,18 @@ def run(folder, name, case, world):
         seen_ = list(seen)
         metrics = {k: v for k, v in t.evaluate().items() if "loss" in k or "/" in k}
         if name == "odd": t.save_model(str(folder / name / "model"))
-    finally: DPOTrainer.objective, module.write_atomic = real, write
+    finally: PreferenceStep.loss, module.write_atomic = real, write
     weights = whole_weights(t)
     log = [{k: v for k, v in h.items() if k not in ("tokens_per_second",)} for h in t.state.log_history if "loss" in h]
-    return dict(weights=weights, log=log, metrics=metrics, rows=seen_, writes=writes, layout=t.layout, world=t.args.world_size, running=dict(t.running.seen) if t.running else {}, kind=type(t.model_wrapped).__name__)
+    return dict(weights=weights, log=log, metrics=metrics, rows=seen_, writes=writes, layout=t.step.layout.kind, world=t.args.world_size, running=t.step.objective.state_dict(), kind=type(t.model_wrapped).__name__)
 
 
 def poisoned(folder):
     "One row of one process is not a number: every process must stop, none may wait."
     t = DPOTrainer(exact("llama"), args=config(folder / "nan", per_device_train_batch_size=2), train_dataset=pairs(8), processing_class=TOKENIZER)
     if not t.sharded:
-        t.prepare_reference()
-        t.reference.table[t.rows[t.order.__iter__().__next__()].key] = (math.nan, 0.); t.checked = True
+        t.begin_run()
+        t.step.reference.table[t.rows[t.order.__iter__().__next__()].key] = (math.nan, 0.); t.step.start_tolerance = None
     else: return "not here"
     try: t.train()
     except Refusal as why: return f"{why.code} {why}"
