@@ -66,7 +66,7 @@ def fit_rows(
     rows:list,      # pairs or labelled replies
     args:DPOConfig, # the loss
 )->list:            # what the loss looks at
-    "Split pairs for a loss of single replies; refuse replies without a partner for a loss of pairs."
+    "Split pairs for a loss of single replies; refuse lone replies for a loss of pairs."
     names, wanted = ", ".join(args.loss_type), looks_at_single_replies(args)
     alone = {r.label is not None for r in rows}
     if len(alone) == 2:
@@ -76,7 +76,8 @@ def fit_rows(
         raise Refusal(f"the rows are single replies with a label, and loss {names} compares "
                       "the two replies of a pair: use kto, bco, apo_zero_unpaired or aot_unpaired")
     if wanted or alone == {True}:
-        for name, value in dict(ld_alpha=args.ld_alpha, use_weighting=args.use_weighting or None).items():
+        asked = dict(ld_alpha=args.ld_alpha, use_weighting=args.use_weighting or None)
+        for name, value in asked.items():
             if value is not None:
                 raise Refusal(f"{name} looks at the two replies of a pair: leave it unset "
                               "for single replies")
@@ -129,7 +130,8 @@ def make_policy(
 ):                       # the model that learns
     "Load and wrap the policy."
     if isinstance(model, (str, Path)):
-        extra = {k: v for k, v in dict(args.model_init_kwargs or {}).items() if k != "trust_remote_code" or v}
+        extra = dict(args.model_init_kwargs or {})
+        if not extra.get("trust_remote_code", True): extra.pop("trust_remote_code")
         extra["dtype"] = str(extra.get("dtype") or "float32").removeprefix("torch.")
         model = load_model(model, attn=extra.pop("attn_implementation", None),
                            quantization_config=quantization_config, **extra)
@@ -153,7 +155,8 @@ def check_policy(model, ref_model)->None:
     if not any(p.requires_grad for p in model.parameters()):
         raise Refusal("no tensor of the model is trainable: load an adapter with "
                       "is_trainable=True, or pass peft_config")
-    shared = ["all"] if ref_model is model else shared_storage(model, ref_model) if ref_model is not None else []
+    shared = ["all"] if ref_model is model else []
+    if ref_model is not None: shared = shared or shared_storage(model, ref_model)
     if shared:
         raise Refusal(f"the reference shares its memory with the policy ({shared[0]}): "
                       "pass a copy, or None")

@@ -55,7 +55,8 @@ class TransformersPort:
         if self.stop.number: raise Stopped(128 + self.stop.number)
         return result
 
-    def _get_train_sampler(self, *args): return self.row_order() or super()._get_train_sampler(*args)
+    def _get_train_sampler(self, *args):
+        return self.row_order() or super()._get_train_sampler(*args)
     def _save_checkpoint(self, model, trial): write_checkpoint(self, trial)
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_weights(bare_model(self), Path(resume_from_checkpoint))
@@ -107,7 +108,8 @@ def write_checkpoint(trainer, trial=None)->None:
     trainer.before_save()
     trainer.store_flos()
     a, folder, state = trainer.args, trainer.folder, trainer.state
-    path, best = (folder.path / f"checkpoint-{n}" for n in (state.global_step, state.best_global_step))
+    steps = state.global_step, state.best_global_step
+    path, best = (folder.path / f"checkpoint-{n}" for n in steps)
     if best == path or best.is_dir(): state.best_model_checkpoint = str(best)
     rng = folder.team.gather(rng_state())
     parts = {name: part.state_dict() for name, part in trainer.parts.items()}
@@ -141,7 +143,8 @@ def callback_states(trainer)->dict:
     "State of the callbacks that have one, under the names `transformers` looks for."
     found = {}
     for cb in (*trainer.callback_handler.callbacks, trainer.control):
-        if isinstance(cb, ExportableState): found.setdefault(type(cb).__name__, []).append(cb.state())
+        if not isinstance(cb, ExportableState): continue
+        found.setdefault(type(cb).__name__, []).append(cb.state())
     return {name: states[0] if len(states) == 1 else states for name, states in found.items()}
 
 # %% ../nbs/09c_port.ipynb #7ea10018

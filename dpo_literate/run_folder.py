@@ -205,7 +205,7 @@ class RunFolder:
         return self.team.on_main(lambda: find_checkpoint(self.path, resume, saves))
 
     def start(self, folder:Path|None, identity:dict, allow_change=())->None:
-        "Compare what the run is with what the checkpoint was; clear the way for what it will write."
+        "Compare what the run is with what the checkpoint was; clear the way for its own."
         self.identity, self.changes = json.loads(json.dumps(identity, default=str)), []
         if folder is None: return
         self.changes = check_contract(folder, self.identity, allow_change)
@@ -265,7 +265,8 @@ def find_checkpoint(
                       "resume_from_checkpoint=True, or name another output_dir")
     if not resume: return None
     folder = latest(out) if resume is True else Path(resume)
-    if folder is None and known: raise Refusal(f"{out}: none of its {len(known)} checkpoints is whole", 5)
+    if folder is None and known:
+        raise Refusal(f"{out}: none of its {len(known)} checkpoints is whole", 5)
     if folder is None:
         log.warning(f"{out} holds no checkpoint yet: starting at step 0")
         return None

@@ -183,7 +183,8 @@ def leave_aside(
         if value in (default, None): continue
         log.warning(f"{name}={getattr(value, 'value', value)!r} is not needed here: {why}")
         setattr(args, name, default)
-    if getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy) == "group_by_length":
+    strategy = args.train_sampling_strategy
+    if getattr(strategy, "value", strategy) == "group_by_length":
         log.warning("train_sampling_strategy='group_by_length' is not needed here: packing makes "
                     "lengths cheap, so the order is random")
         args.train_sampling_strategy = "random"
@@ -209,7 +210,8 @@ def check_refused(args)->None:
     "Refuse what cannot be honoured."
     for name, (default, remedy) in REFUSED.items():
         value = getattr(args, name, default)
-        if value not in (default, None): raise Refusal(f"{name}={value!r} does nothing here: {remedy}")
+        if value in (default, None): continue
+        raise Refusal(f"{name}={value!r} does nothing here: {remedy}")
 
 # %% ../nbs/10a_settings.ipynb #5e770021
 CHOICES = dict(layout=("packed", "padded"), identical=("drop", "refuse"),
@@ -224,7 +226,8 @@ def check_choices(args:PreferenceConfig)->None:
             raise Refusal(f"{name}={value!r}: use {' or '.join(allowed)}")
     for name in ("capacity", "max_length"):
         value = getattr(args, name)
-        if value is not None and value < 1: raise Refusal(f"{name}={value}: must be at least 1 token")
+        if value is None or value >= 1: continue
+        raise Refusal(f"{name}={value}: must be at least 1 token")
 
 # %% ../nbs/10a_settings.ipynb #5e770022
 def check_reference(args:DPOConfig)->None:
@@ -262,8 +265,8 @@ def looks_at_single_replies(
     "What the run's losses look at; two kinds at once are refused."
     kinds = {not l.paired for l in map(get_loss, args.loss_type) if not l.heaps}
     if len(kinds) == 2:
-        raise Refusal(f"losses {', '.join(args.loss_type)}: some compare the two replies of a pair, "
-                      "others look at one reply at a time; take one kind")
+        raise Refusal(f"losses {', '.join(args.loss_type)}: some compare the two replies "
+                      "of a pair, others look at one reply at a time; take one kind")
     return kinds.pop() if kinds else None
 
 # %% ../nbs/10a_settings.ipynb #5e770026

@@ -106,6 +106,7 @@ class PreferenceTrainer(TransformersPort, Trainer):
         tokenizer=None, ref_model=None, mode:str="none", # see `reference_mode`
         counts:dict|None=None, notes:tuple=(),           # for card and log
         layout_check=self_check, start_tolerance:float|None=None,
+        terms:tuple=(),  # auxiliary losses, see `PreferenceStep`
         callbacks=None, optimizers=(None, None),
     ):
         self.rows, self.ref_model, self.mode = rows, ref_model, mode
@@ -117,7 +118,7 @@ class PreferenceTrainer(TransformersPort, Trainer):
         self.model_accepts_loss_kwargs = True   # our loss is divided by N already
         self.step = PreferenceStep(
             Layout(args.layout, args.capacity), scorer or Scorer(extras_of(objective)),
-            NoReference(), objective, team=self.folder.team, device=args.device,
+            NoReference(), objective, team=self.folder.team, terms=terms, device=args.device,
             autocast=self.accelerator.autocast, max_tokens=max_tokens(args),
             start_tolerance=start_tolerance)
         self.parts["step"], self.table, self.probe, self.begun = self.step, None, None, False
@@ -257,8 +258,9 @@ def read_table(trainer)->CachedReference:
     if other is not None and not hasattr(other, "quantization_method"): other.to(device)
     source = f"weights {trainer.start_identity['weights'][:12]}"
     trainer.table = ReferenceTable(model, trainer.step, path, context, source)
-    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
-    for rows in (trainer.rows, *(e for e in sets.values() if e is not None)):
+    evals = trainer.eval_dataset
+    sets = list(evals.values()) if isinstance(evals, dict) else [evals] if evals is not None else []
+    for rows in (trainer.rows, *sets):
         groups = needed(trainer, rows)
         if trainer.sharded and trainer.state.global_step and trainer.table.lacks(groups):
             raise Refusal(f"the run goes on, but its reference is not in {path}", 6)
@@ -290,7 +292,8 @@ def needed(trainer, rows:list)->list: # one list of groups
 
 def epochs_of(args, steps:int)->int:
     "How many times the rows are read at most, at so many steps an epoch."
-    return math.ceil(args.max_steps / steps) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
+    if args.max_steps > 0: return math.ceil(args.max_steps / steps)
+    return math.ceil(args.num_train_epochs)
 
 # %% ../nbs/10d_trainer.ipynb #2bb3715c
 def probed(trainer):
@@ -319,6 +322,7 @@ class DPOTrainer(PreferenceTrainer):
         optimizers=(None, None),  # likewise
         quantization_config=None, # of a model given by name
         peft_config=None,      # of a new adapter
+        terms:tuple=(),        # auxiliary losses: (model, piece, logps, verdict) -> (B,)
     ):
         args = args or DPOConfig("runs/dpo")
         check_arguments(args, train_dataset, data_collator=data_collator,
@@ -333,8 +337,8 @@ class DPOTrainer(PreferenceTrainer):
         scorer = Scorer(extras_of(objective) + TOKEN_EXTRAS * args.token_metrics)
         super().__init__(policy, args, rows, objective, scorer, evals, tokenizer, ref_model,
                          reference_mode(args, policy, ref_model), counts, notes,
-                         start_tolerance=start_tolerance(args), callbacks=callbacks,
-                         optimizers=optimizers)
+                         start_tolerance=start_tolerance(args), terms=terms,
+                         callbacks=callbacks, optimizers=optimizers)
         if self.sharded and self.mode in ("moving", "frozen", "adapter"):
             raise Refusal("a model in shards needs a reference that is read beforehand: "
                           "leave precompute_ref_log_probs and sync_ref_model unset")
@@ -363,7 +367,8 @@ def data_hash(
 
 def run_card(trainer)->dict:
     "What was asked, what was read, what was kept."
-    step, rows = trainer.step, {k: dict(rows_in=c.rows_in, **c.by) for k, c in trainer.counts.items()}
+    step = trainer.step
+    rows = {k: dict(rows_in=c.rows_in, **c.by) for k, c in trainer.counts.items()}
     together = f"the loss is taken over the {rows_of_a_step(trainer.args)} pairs of a step together"
     return dict(settings=trainer.args.to_dict(), identity=trainer.run_identity(),
                 reference=step.reference.describe(), layout=step.layout.kind,
@@ -401,7 +406,8 @@ def show_samples(trainer, rows:list, name:str)->None:
         said = sample_replies(trainer.acting_model, trainer.processing_class,
                               rows[:a.generate_samples], a.generate_tokens)
     if a.process_index: return
-    for s in said: append_line(trainer.folder.path / "samples.jsonl", dict(step=step, set=name, **s))
+    path = trainer.folder.path / "samples.jsonl"
+    for s in said: append_line(path, dict(step=step, set=name, **s))
     for cb in trainer.callback_handler.callbacks: tell_tracker(cb, said, name, step)
 
 def tell_tracker(callback, said:list, name:str, step:int)->None:
@@ -420,7 +426,8 @@ tags: [{tags}]
 ---
 # {name}
 
-{base} trained with Direct Preference Optimization (arXiv:2305.18290) on {pairs}{data}, using `dpo_literate`.
+{base} trained with Direct Preference Optimization (arXiv:2305.18290) on {pairs}{data},
+using `dpo_literate`.
 
 | | |
 |---|---|
@@ -454,10 +461,11 @@ def plot_log(
     fig, (left, right) = new_fig(ncols=2, width=8)
     left.plot(step, loss, color=COLORS["policy"])
     left.axhline(loss[0], color=COLORS["muted"], ls=":")
-    left.set(xlabel="step", ylabel="loss", title=f"The loss goes from {loss[0]:.3f} to {loss[-1]:.3f}")
+    left.set(xlabel="step", ylabel="loss", title=f"Loss from {loss[0]:.3f} to {loss[-1]:.3f}")
     for side in ("chosen", "rejected"):
         right.plot(step, [h[f"rewards/{side}"] for h in lines], color=COLORS[side], label=side)
     margin = lines[-1].get("rewards/margins", 0.)
-    right.set(xlabel="step", ylabel="implicit reward (log-odds)", title=f"Margin at the end: {margin:.2f}")
+    right.set(xlabel="step", ylabel="implicit reward (log-odds)",
+              title=f"Margin at the end: {margin:.2f}")
     right.legend(frameon=False)
     return finish(fig)

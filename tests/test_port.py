@@ -46,7 +46,9 @@ def accepts(ours, theirs):
     "Can our method be called with every parameter of theirs?"
     kinds = [p.kind for p in ours.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds: return True
-    return [n for n in ours][:len(theirs)] == theirs
+    named = [n for n, p in ours.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if inspect.Parameter.VAR_KEYWORD in kinds: return set(named) <= set(theirs)
+    return named[:len(theirs)] == theirs
 
 
 @pytest.fixture(params=["installed", *json.loads(RECORD.read_text())])
