@@ -1,4 +1,4 @@
-"""DPOTrainer against TRL's: the same pairs, order, seed, dtype, optimizer; each arm in its own process.
+"""DPOTrainer against TRL's: same pairs, order, seed, dtype, optimizer; each arm in its own process.
 
     python benchmarks/vs_trl.py [--pairs 128] [--float32] [--record]
         [--arms ours trl trl_precompute trl_checkpointing]
@@ -173,7 +173,8 @@ def record(args, values, seconds):
     save_result("bench_cpu_float32" if args.float32 else "bench_cpu", values, seed=0,
                 command="python benchmarks/vs_trl.py " + " ".join(sys.argv[1:]), seconds=seconds,
                 config=config,
-                what="dpo_literate.DPOTrainer against trl.DPOTrainer on hh_harmless: SmolLM2-135M, full fine-tune, constructor to last step, reference pass included")
+                what="dpo_literate.DPOTrainer against trl.DPOTrainer on hh_harmless: SmolLM2-135M, "
+                "full fine-tune, constructor to last step, reference pass included")
 
 
 def main():

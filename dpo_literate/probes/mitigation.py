@@ -9,7 +9,7 @@ __all__ = ['REMEDIES', 'ches_scores', 'one_step_shift', 'rank_correlation', 'len
 # %% ../../nbs/32a_mitigation.ipynb #32a1a004
 import dataclasses
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from torch import Tensor
 from transformers import TrainerCallback
 from ..logps import pad_rows, reply_logps
@@ -61,7 +61,8 @@ def rank_correlation(
     "Spearman's ρ of two scores."
     def rho(w):
         drawn = torch.arange(len(w)).repeat_interleave(w.long())
-        return spearmanr(a[drawn], b[drawn]).statistic
+        ranks = [torch.as_tensor(rankdata(scores[drawn])) for scores in (a, b)]
+        return torch.corrcoef(torch.stack(ranks))[0, 1]
     return reading_of(name, rho, len(a))
 
 # %% ../../nbs/32a_mitigation.ipynb #a5b9bfb3
