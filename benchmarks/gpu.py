@@ -1,10 +1,11 @@
-"""DPO on one GPU: pairs per second, share of the chip's bf16 rate, peak memory; beside TRL's where it is installed.
+"""DPO on one GPU: pairs per second, share of the bf16 rate, peak memory; beside TRL's if installed.
 
     python benchmarks/gpu.py [--arms ours trl] [--only 1b-full/hh ...] [--fresh]
 
-Models are Llama architectures with random weights (no download), pairs are random tokens with the lengths of known data sets.
-Every arm runs in a process of its own; figures go to `nbs/results/bench_gpu.json`. `--tiny` runs the same code on a CPU in
-seconds, for the tests: its figures mean nothing and are not recorded.
+Models are Llama architectures with random weights (no download), pairs are random tokens with the
+lengths of known data sets. Every arm runs in a process of its own; figures go to
+`nbs/results/bench_gpu.json`. `--tiny` runs the same code on a CPU in seconds, for the tests: its
+figures mean nothing and are not recorded.
 """
 import argparse
 import copy
@@ -19,21 +20,28 @@ import time
 import torch
 
 MODELS = {  # Llama-3.2-1B and Llama-3.1-8B, by their published shapes
-    "1b-full": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-                    vocab_size=128_256, tie_word_embeddings=True),
-    "8b-lora": dict(hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-                    vocab_size=128_256, tie_word_embeddings=False),
-    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                 vocab_size=512, tie_word_embeddings=True)}
-LENGTHS = {  # medians of prompt and reply in tokens, and spread of their logarithms: multi-turn HH, UltraFeedback
-    "hh": dict(prompt=110, reply=55, spread=.8), "ultrafeedback": dict(prompt=120, reply=300, spread=.6), "tiny": dict(prompt=20, reply=10, spread=.5)}
+    "1b-full": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                    num_attention_heads=32, num_key_value_heads=8, vocab_size=128_256,
+                    tie_word_embeddings=True),
+    "8b-lora": dict(hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
+                    num_attention_heads=32, num_key_value_heads=8, vocab_size=128_256,
+                    tie_word_embeddings=False),
+    "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, vocab_size=512,
+                 tie_word_embeddings=True)}
+LENGTHS = {  # medians of prompt and reply in tokens, and spread of their logarithms
+    "hh": dict(prompt=110, reply=55, spread=.8),                # multi-turn HH
+    "ultrafeedback": dict(prompt=120, reply=300, spread=.6),
+    "tiny": dict(prompt=20, reply=10, spread=.5)}
 MICRO, LIMIT = 16, 2048
 
 
 def lengths(kind, n, seed=0):
     "Lengths of n pairs: prompt, chosen, rejected, each log-normal, cut at LIMIT in all."
     shape, g = LENGTHS[kind], torch.Generator().manual_seed(seed)
-    def draw(median): return (median * (shape["spread"] * torch.randn(n, generator=g)).exp()).long().clamp(4, LIMIT // 3).tolist()
+    def draw(median):
+        length = median * (shape["spread"] * torch.randn(n, generator=g)).exp()
+        return length.long().clamp(4, LIMIT // 3).tolist()
     return list(zip(draw(shape["prompt"]), draw(shape["reply"]), draw(shape["reply"])))
 
 
@@ -42,7 +50,8 @@ def rows(kind, n, vocab):
     from dpo_literate.rows import Row
     g = torch.Generator().manual_seed(1)
     def ids(k): return torch.randint(3, vocab, (k,), generator=g).tolist()
-    return [Row(ids(p), ids(c) + [2], ids(r) + [2], id=str(i)) for i, (p, c, r) in enumerate(lengths(kind, n))]
+    return [Row(ids(p), ids(c) + [2], ids(r) + [2], id=str(i))
+            for i, (p, c, r) in enumerate(lengths(kind, n))]
 
 
 def words(ids): return " ".join(f"t{i}" for i in ids)
@@ -54,20 +63,25 @@ def tokenizer(vocab):
     from transformers import PreTrainedTokenizerFast
     t = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocab)}, unk_token="t1"))
     t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="t0", unk_token="t1", eos_token="t2")
+    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="t0", unk_token="t1",
+                                   eos_token="t2")
 
 
 def model(name):
     from transformers import AutoConfig, AutoModelForCausalLM
-    config = AutoConfig.for_model("llama", **MODELS[name], max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = AutoConfig.for_model("llama", **MODELS[name], max_position_embeddings=8192,
+                                  bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    dtype = torch.bfloat16 if name == "8b-lora" else torch.float32
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if name == "8b-lora" else torch.float32)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def adapter(name):
     from peft import LoraConfig
-    return LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM") if name == "8b-lora" else None
+    if name != "8b-lora": return None
+    return LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM",
+                      target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
 
 
 def bf16_rate(n=8192, repeats=20):
@@ -87,35 +101,47 @@ def clock():
 
 
 def useful_flops(name, pairs, train_weights=True):
-    """FLOPs the pairs themselves ask for: every prompt and reply token once through the body, every reply token through the head,
-    attention over what a token may see; forward and backward (3×; 2× where the weights are frozen) plus the reference's forward."""
+    """FLOPs the pairs themselves ask for: every prompt and reply token once through the body, every
+    reply token through the head, attention over what a token may see; forward and backward (3×; 2×
+    where the weights are frozen) plus the reference's forward."""
     c = MODELS[name]
-    d, kv, f, layers, V = c["hidden_size"], c["num_key_value_heads"] * c["hidden_size"] // c["num_attention_heads"], c["intermediate_size"], c["num_hidden_layers"], c["vocab_size"]
+    d, f, layers, V = (c[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers",
+                                      "vocab_size"))
+    kv = c["num_key_value_heads"] * d // c["num_attention_heads"]
     body = layers * (2 * d * d + 2 * d * kv + 3 * d * f)
     seen = sum(p * p / 2 + sum(y * p + y * y / 2 for y in (a, b)) for p, a, b in pairs)
-    forward = 2 * body * sum(map(sum, pairs)) + 4 * layers * d * seen + 2 * d * V * sum(a + b for _, a, b in pairs)
+    replies = sum(a + b for _, a, b in pairs)
+    forward = 2 * body * sum(map(sum, pairs)) + 4 * layers * d * seen + 2 * d * V * replies
     return forward * (1 + (3 if train_weights else 2))
 
 
 def settings(args, folder):
-    return dict(output_dir=folder, per_device_train_batch_size=MICRO, max_length=LIMIT, bf16=not args.tiny, num_train_epochs=1, logging_steps=1, report_to=[],
-                save_strategy="no", seed=0, disable_tqdm=True, learning_rate=1e-6, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=args.checkpointing)
+    return dict(output_dir=folder, per_device_train_batch_size=MICRO, max_length=LIMIT,
+                bf16=not args.tiny, num_train_epochs=1, logging_steps=1, report_to=[],
+                save_strategy="no", seed=0, disable_tqdm=True, learning_rate=1e-6,
+                use_cpu=not torch.cuda.is_available(), gradient_checkpointing=args.checkpointing)
 
 
 def ours(args, data, folder):
     from dpo_literate.trainer import DPOConfig, DPOTrainer
     config = DPOConfig(**settings(args, folder), capacity=args.capacity)
-    return DPOTrainer(model(args.model), args=config, train_dataset=data, processing_class=tokenizer(MODELS[args.model]["vocab_size"]), peft_config=adapter(args.model))
+    words_of_it = tokenizer(MODELS[args.model]["vocab_size"])
+    return DPOTrainer(model(args.model), args=config, train_dataset=data,
+                      processing_class=words_of_it, peft_config=adapter(args.model))
 
 
 def theirs(args, data, folder):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
     config = DPOConfig(**settings(args, folder), precompute_ref_log_probs=args.precompute)
-    text = Dataset.from_list([dict(prompt=words(r.prompt_ids), chosen=" " + words(r.chosen_ids[:-1]), rejected=" " + words(r.rejected_ids[:-1])) for r in data])
+    text = [dict(prompt=words(r.prompt_ids), chosen=" " + words(r.chosen_ids[:-1]),
+                 rejected=" " + words(r.rejected_ids[:-1])) for r in data]
     net, lora = model(args.model), adapter(args.model)
-    ref = None if lora or args.precompute else copy.deepcopy(net)   # a model without a name cannot be loaded a second time
-    return DPOTrainer(net, ref, args=config, train_dataset=text, processing_class=tokenizer(MODELS[args.model]["vocab_size"]), peft_config=lora)
+    # a model without a name cannot be loaded a second time
+    ref = None if lora or args.precompute else copy.deepcopy(net)
+    return DPOTrainer(net, ref, args=config, train_dataset=Dataset.from_list(text),
+                      processing_class=tokenizer(MODELS[args.model]["vocab_size"]),
+                      peft_config=lora)
 
 
 def arm(args):
@@ -123,15 +149,20 @@ def arm(args):
     make, n = ours if args.arm == "ours" else theirs, args.pairs
     data = rows(args.lengths, n + MICRO, MODELS[args.model]["vocab_size"])
     with tempfile.TemporaryDirectory() as folder:
-        make(args, data[:MICRO], folder).train()                                   # compiles, autotunes
-        if torch.cuda.is_available(): torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
-        start = clock(); trainer = make(args, data[MICRO:], folder); trainer.train(); seconds = clock() - start
-    flops = useful_flops(args.model, [(len(r.prompt_ids), len(r.chosen_ids), len(r.rejected_ids)) for r in data[MICRO:]], args.model != "8b-lora")
-    rate = bf16_rate()
+        make(args, data[:MICRO], folder).train()                        # compiles, autotunes
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+        start = clock()
+        trainer = make(args, data[MICRO:], folder)
+        trainer.train()
+        seconds = clock() - start
+    tokens = [(len(r.prompt_ids), len(r.chosen_ids), len(r.rejected_ids)) for r in data[MICRO:]]
+    flops, rate = useful_flops(args.model, tokens, args.model != "8b-lora"), bf16_rate()
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.
-    return dict(pairs_per_second=n / seconds, seconds=seconds, peak_memory_gb=memory, losses=losses, useful_flops=flops,
-                bf16_flops_per_second=rate, share_of_bf16_rate=flops / seconds / rate)
+    return dict(pairs_per_second=n / seconds, seconds=seconds, peak_memory_gb=memory,
+                losses=losses, useful_flops=flops, bf16_flops_per_second=rate,
+                share_of_bf16_rate=flops / seconds / rate)
 
 
 def sweep(args):
@@ -142,7 +173,9 @@ def sweep(args):
     for p in (16, 32) if args.tiny else (128, 256, 512, 1024, 2048, 4096):
         pairs = [Row([5] * p, [6] * 64 + [2], [7] * 64 + [2], id=str(i)) for i in range(4)]
         batch, = pack_rows(pairs, capacity=4 * (p + 130))
-        def step(): packed_reply_logps(net, batch.to(net.device)).sums.sum().backward(); net.zero_grad(set_to_none=True)
+        def step():
+            packed_reply_logps(net, batch.to(net.device)).sums.sum().backward()
+            net.zero_grad(set_to_none=True)
         with torch.autocast(net.device.type, torch.bfloat16):
             step(); start = clock()
             for _ in range(3): step()
@@ -152,39 +185,70 @@ def sweep(args):
 
 def child(args, **over):
     "Run one arm in a fresh process."
-    flags = [x for k, v in over.items() for x in ([f"--{k}"] if v is True else [f"--{k}", str(v)] if v not in (None, False) else [])]
-    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    flags = []
+    for name, value in over.items():
+        if value not in (None, False): flags += [f"--{name}"] + [str(value)] * (value is not True)
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1"})
     line = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
-    return json.loads(line[0][7:]) if line else dict(failed=done.stderr.strip().splitlines()[-1:] or ["no output"])
+    if line: return json.loads(line[0][7:])
+    return dict(failed=done.stderr.strip().splitlines()[-1:] or ["no output"])
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parsed():
+    "What was asked for on the command line."
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--arms", nargs="+", default=["ours", "trl"], choices=["ours", "trl"])
     p.add_argument("--only", nargs="+", help="such as 1b-full/hh")
     p.add_argument("--pairs", type=int, default=256)
     p.add_argument("--capacity", type=int, default=8192, help="tokens of our packed rows")
-    p.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, on both sides")
+    p.add_argument("--checkpointing", action="store_true",
+                   help="gradient checkpointing, on both sides")
     p.add_argument("--precompute", action="store_true", help="TRL's precomputed reference")
     p.add_argument("--tiny", action="store_true", help="seconds on a CPU, not recorded")
     for name in ("arm", "model", "lengths"): p.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    args = p.parse_args()
-    if args.arm: print("RESULT " + json.dumps(sweep(args) if args.arm == "sweep" else arm(args))); return
-    if not args.tiny and not torch.cuda.is_available(): sys.exit("benchmarks/gpu.py: no CUDA device here; --tiny runs the same code on a CPU")
-    began, found = time.perf_counter(), {}
-    cells = ["tiny/tiny"] if args.tiny else args.only or [f"{m}/{k}" for m in ("1b-full", "8b-lora") for k in ("hh", "ultrafeedback")]
-    pairs, shared = (16 if args.tiny else args.pairs), dict(tiny=args.tiny, capacity=512 if args.tiny else args.capacity, checkpointing=args.checkpointing)
-    for cell in cells:
+    return p.parse_args()
+
+
+def cells_of(args):
+    if args.tiny: return ["tiny/tiny"]
+    models, lengths = ("1b-full", "8b-lora"), ("hh", "ultrafeedback")
+    return args.only or [f"{m}/{k}" for m in models for k in lengths]
+
+
+def measured(args):
+    "Every cell and the sweep, each in a process of its own."
+    pairs, found = (16 if args.tiny else args.pairs), {}
+    shared = dict(tiny=args.tiny, capacity=512 if args.tiny else args.capacity,
+                  checkpointing=args.checkpointing)
+    for cell in cells_of(args):
         name, kind = cell.split("/")
         for side in args.arms:
-            got = found[f"{cell}/{side}"] = child(args, arm=side, model=name, lengths=kind, pairs=pairs, precompute=args.precompute, **shared)
-            print(f"{cell}/{side}", {k: round(v, 4) for k, v in got.items() if isinstance(v, float) and math.isfinite(v)} or got, flush=True)
+            got = found[f"{cell}/{side}"] = child(args, arm=side, model=name, lengths=kind,
+                                                  pairs=pairs, precompute=args.precompute, **shared)
+            short = {k: round(v, 4) for k, v in got.items()
+                     if isinstance(v, float) and math.isfinite(v)}
+            print(f"{cell}/{side}", short or got, flush=True)
     found["sweep"] = child(args, arm="sweep", model="tiny" if args.tiny else "1b-full", **shared)
     print("sweep", found["sweep"])
+    return found
+
+
+def main():
+    args = parsed()
+    if args.arm:
+        print("RESULT " + json.dumps(sweep(args) if args.arm == "sweep" else arm(args)))
+        return
+    if not args.tiny and not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu.py: no CUDA device here; --tiny runs the same code on a CPU")
+    began, found = time.perf_counter(), measured(args)
     if args.tiny: print("RESULTS " + json.dumps(found)); return
     from dpo_literate.results import save_result
-    save_result("bench_gpu", found, command="python benchmarks/gpu.py " + " ".join(sys.argv[1:]), seed=0, seconds=time.perf_counter() - began,
-                config=dict(vars(args), micro_batch=MICRO, limit=LIMIT, lengths=LENGTHS, models=MODELS), what="DPO on one GPU: ours and TRL's, reference pass included")
+    config = dict(vars(args), micro_batch=MICRO, limit=LIMIT, lengths=LENGTHS, models=MODELS)
+    save_result("bench_gpu", found, command="python benchmarks/gpu.py " + " ".join(sys.argv[1:]),
+                seed=0, seconds=time.perf_counter() - began, config=config,
+                what="DPO on one GPU: ours and TRL's, reference pass included")
 
 
 if __name__ == "__main__": main()

@@ -101,10 +101,12 @@ def new_folder(
     out:str|Path,                       # where results are to go
     remedy:str="choose another folder", # what the caller can do about it
 )->Path:                                # the same; nothing has been made yet
-    "Refuse a place where something lies already."
-    out = Path(out)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise Refusal(f"{out} is not empty: {remedy}")
+    "Refuse a place where something lies already, or where nothing can be written."
+    out = Path(out).expanduser()
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir(): raise Refusal(f"{there} is a file, not a folder: {remedy}")
+    if out.exists() and any(out.iterdir()): raise Refusal(f"{out} is not empty: {remedy}")
+    if not os.access(there, os.W_OK): raise Refusal(f"cannot write in {there}: {remedy}", 4)
     return out
 
 # %% ../nbs/00b_results.ipynb #47716814
