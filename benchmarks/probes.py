@@ -61,15 +61,15 @@ def split(kind, seed, train, held):
     return [pairs[i] for i in pool[:train]], [pairs[i] for i in pool[train:train + held]]
 
 
-def trained(name, seed, pairs, tokenizer, trainer=None, callbacks=None, more=None, **settings):
+def trained(name, seed, pairs, tokenizer, callbacks=None, more=None, **settings):
     "The bundled model's trainer after `train()`, silent."
     from transformers import PrinterCallback
 
     from dpo_literate.trainer import DPOConfig, DPOTrainer
     args = DPOConfig(str(CELLS / "trainer" / f"{name}_{seed}"), seed=seed, save_strategy="no",
                      report_to=[], disable_tqdm=True, **settings)
-    run = (trainer or DPOTrainer)("bundled", args=args, train_dataset=pairs, callbacks=callbacks,
-                                  processing_class=tokenizer, **(more or {}))
+    run = DPOTrainer("bundled", args=args, train_dataset=pairs, callbacks=callbacks,
+                     processing_class=tokenizer, **(more or {}))
     run.remove_callback(PrinterCallback)
     run.train()
     run.model.eval()
@@ -250,12 +250,13 @@ def style_start(seed):
 
 def tdi_cell(config):
     from dpo_literate.probes.displacement import pair_logps
-    from dpo_literate.probes.matched import MatchedDPOTrainer, arm_factor
+    from dpo_literate.probes.matched import MatchedPenalty, arm_factor
     from dpo_literate.probes.tdi import embed, layout_tdi, tdi_change
     s, seed, penalty = style_start(config["seed"]), config["seed"], {}
     if config["arm"] != "DPO":
         factor = arm_factor(config["arm"], s["style"], s["contents"], seed).float()
-        penalty = dict(trainer=MatchedDPOTrainer, more=dict(factor=factor, block=BLOCK, **PENALTY))
+        term = MatchedPenalty(factor, BLOCK, seed=seed, **PENALTY)
+        penalty = dict(more=dict(terms=(term,)))
     model = trained("style", seed, s["train"], s["tokenizer"], **penalty, **SETTINGS).model
     after, (_, labels, _) = embed(model, s["seen"][0]), s["seen"]
     shift = pair_logps(model, s["rows"]) - s["logps"]

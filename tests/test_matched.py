@@ -8,7 +8,7 @@ from dpo_literate.logps import pad_rows
 from dpo_literate.models import tiny_model
 from dpo_literate.packing import pack_rows
 from dpo_literate.probes.base import SHORT_RUN, scored_states, short_run
-from dpo_literate.probes.matched import (MatchedDPOTrainer, arm_factor, capped, matched_term,
+from dpo_literate.probes.matched import (MatchedPenalty, arm_factor, capped, matched_term,
                                          reply_means, style_factor, style_penalty)
 from dpo_literate.probes.tdi import shaken
 from dpo_literate.results import Refusal
@@ -107,14 +107,14 @@ def test_arms_have_one_trace():
 
 # ------------------------------------------------------------ in a run
 
-def trained(trainer=DPOTrainer, kind="gpt2", more=None, **settings):
+def trained(kind="gpt2", more=None, **settings):
     given = dict(num_train_epochs=2, layout="packed") | settings
-    return short_run(tiny_model(kind), PAIRS, TOKENIZER, trainer, more=more, **given)
+    return short_run(tiny_model(kind), PAIRS, TOKENIZER, more=more, **given)
 
 
-def matched(kind="gpt2", settings=None, **term):
-    term = dict(factor=random(32, 3) * .01, block=1, warmup=0) | term
-    return trained(MatchedDPOTrainer, kind, term, **(settings or {}))
+def matched(kind="gpt2", settings=None, peft_config=None, **term):
+    term = MatchedPenalty(**(dict(factor=random(32, 3) * .01, block=1, warmup=0) | term))
+    return trained(kind, dict(terms=(term,), peft_config=peft_config), **(settings or {}))
 
 
 def apart(a, b):
@@ -156,8 +156,10 @@ def test_the_term_with_an_adapter():
 
 def test_evaluation_is_dpo(tmp_path):
     args = DPOConfig(str(tmp_path), **SHORT_RUN, max_steps=2)
-    trainer = MatchedDPOTrainer(tiny_model("gpt2"), args=args, train_dataset=PAIRS, block=1,
-                                factor=random(32, 3) * .01, warmup=0, processing_class=TOKENIZER)
+    term = MatchedPenalty(random(32, 3) * .01, block=1, warmup=0)
+    trainer = DPOTrainer(tiny_model("gpt2"), args=args, train_dataset=PAIRS, terms=(term,),
+                         processing_class=TOKENIZER)
     trainer.train()
-    plain = DPOTrainer.evaluate(trainer, list(ROWS), metric_key_prefix="plain")["plain_loss"]
-    assert trainer.evaluate(list(ROWS))["eval_loss"] == plain
+    found = trainer.evaluate(list(ROWS))["eval_loss"]
+    trainer.step.terms = ()
+    assert trainer.evaluate(list(ROWS))["eval_loss"] == found

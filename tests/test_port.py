@@ -80,7 +80,7 @@ def test_one_class_holds_the_private_overrides():
     import importlib
     from dpo_literate.port import TransformersPort
     from dpo_literate.trainer import DPOTrainer
-    modules = [importlib.import_module(f"dpo_literate.{m}") for m in ("trainer", "reward_model", "hierarchy", "probes.tdi")]
+    modules = [importlib.import_module(f"dpo_literate.{m}") for m in ("trainer", "reward_model", "hierarchy")]
     ours = [c for m in modules for c in vars(m).values() if inspect.isclass(c) and issubclass(c, TransformersPort)]
     def private(c): return {n for n in vars(c) if n.startswith("_") and not n.startswith("__") and hasattr(Trainer, n)}
     assert len(private(TransformersPort)) <= 9 and not any(private(c) for c in ours if c is not TransformersPort)

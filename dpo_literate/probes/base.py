@@ -192,7 +192,6 @@ def short_run(
     model,           # left as it was: a copy is trained
     pairs,           # pairs of text, or rows
     tokenizer,       # of the model
-    trainer=None,    # its class; None: `DPOTrainer`
     callbacks=None,  # of the trainer
     more=None,       # further arguments of the trainer
     **settings,      # of `DPOConfig`, over `SHORT_RUN`
@@ -201,7 +200,7 @@ def short_run(
     from transformers import PrinterCallback
     from dpo_literate.trainer import DPOConfig, DPOTrainer
     with tempfile.TemporaryDirectory() as folder:
-        run = (trainer or DPOTrainer)(
+        run = DPOTrainer(
             copy.deepcopy(model), args=DPOConfig(folder, **(SHORT_RUN | settings)),
             train_dataset=pairs, processing_class=tokenizer, callbacks=callbacks,
             **(more or {}))

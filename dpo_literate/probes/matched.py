@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['reply_means', 'pair_at', 'style_penalty', 'capped', 'style_factor', 'arm_factor', 'caught', 'matched_term',
-           'MatchedDPOTrainer']
+           'MatchedPenalty']
 
 # %% ../../nbs/30a_matched.ipynb #30a1a005
 import contextlib
@@ -14,7 +14,6 @@ from ..logps import unwrapped
 from .base import scored_states
 from .tdi import shaken
 from ..results import Refusal
-from ..trainer import FILLER, DPOTrainer
 
 # %% ../../nbs/30a_matched.ipynb #5310ab3d
 def reply_means(
@@ -126,30 +125,30 @@ def matched_term(
     return capped(penalty, loss, cap)
 
 # %% ../../nbs/30a_matched.ipynb #e6447c0f
-class MatchedDPOTrainer(DPOTrainer):
-    "DPO with a capped penalty on moving in given directions (after arXiv:2605.22800)."
-    def __init__(self, *args,
+class MatchedPenalty:
+    "A term for a `PreferenceStep`: a capped price on moving in given directions (arXiv:2605.22800)."
+    name = "style_penalty"
+    def __init__(self,
         factor:Tensor,     # L, with LLᵀ = Σ', (H,r)
         block:int,         # the layer whose input is disturbed
         weight:float=.7,   # of the penalty
         cap:float=.3,      # largest share of the loss
         warmup:int=5,      # steps without the penalty
         probes:int=1,      # K of (30a.4)
-        **kwargs,          # as for `DPOTrainer`
+        seed:int=42,       # of the probes' noise
     ):
-        super().__init__(*args, **kwargs)
-        self.weight, self.warmup = weight, warmup
-        self.term = dict(factor=factor, block=block, cap=cap, probes=probes)
+        self.weight, self.warmup, self.seed, self.number = weight, warmup, seed, 0
+        self.given, self.seen = dict(factor=factor, block=block, cap=cap, probes=probes), []
 
-    def objective(self, model, piece):
-        "The run's own, and the penalty of each pair beside it."
-        with caught(model) as seen: total = super().objective(model, piece)
-        if self.state.global_step < self.warmup: return total
-        batch, loss = piece.to(total.device), self.step_losses[-1][1]
-        weight = loss.new_tensor([r.weight * (r.id != FILLER) for r in piece.rows])
-        seed = self.args.seed * 1_000_003 + self.state.global_step
-        with self.accelerator.autocast():
-            term = matched_term(model, batch, seen[-1], loss, **self.term, seed=seed)
-        extra = self.weight * (weight * term).sum()
-        self.count(dict(style_penalty=extra.detach().double()))
-        return total + extra
+    def begin(self, number:int)->None: self.number = number
+
+    @contextlib.contextmanager
+    def watch(self, model):
+        "Keep what enters the head while the policy is scored."
+        with caught(model) as self.seen: yield
+
+    def __call__(self, model, piece, logps, verdict)->Tensor: # (B,)
+        if self.number < self.warmup: return torch.zeros_like(verdict.loss)
+        seed = self.seed * 1_000_003 + self.number
+        states, loss = self.seen[-1], verdict.loss.detach()
+        return self.weight * matched_term(model, piece, states, loss, **self.given, seed=seed)
