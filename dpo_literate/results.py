@@ -12,7 +12,6 @@ __all__ = ['EXIT_CODES', 'PACKAGES', 'MAX_BYTES', 'Refusal', 'repo_dir', 'result
 import contextlib, datetime, html, importlib.metadata, json, math, os, platform, re
 import shutil, subprocess, tempfile
 from pathlib import Path
-import torch
 
 # %% ../nbs/00b_results.ipynb #7f73b980
 EXIT_CODES = {2: "usage or data", 3: "non-finite numbers", 4: "disk",
@@ -143,6 +142,7 @@ def commit(
 def device_name(
 )->str: # the accelerator, else the processor
     "The device a run would use."
+    import torch                  # here, so that a refusal costs no second of loading
     if torch.cuda.is_available(): return torch.cuda.get_device_name()
     try: lines = Path("/proc/cpuinfo").read_text()
     except OSError: lines = ""
@@ -157,6 +157,7 @@ def provenance(
     seconds:float,       # how long the run took (s)
 )->dict:                 # what a recorded number needs to be more than a rumour
     "Everything needed to judge and to repeat a run."
+    import torch
     today = datetime.datetime.now(datetime.timezone.utc)
     return dict(command=command, config=config, seed=seed, versions=versions(),
                 device=device_name(), threads=torch.get_num_threads(),
@@ -261,6 +262,7 @@ def bootstrap_interval(
     seed:int=0,       # of the resampling
 )->tuple[float,float]:# lower and upper end, in the unit of the values
     "Percentile bootstrap interval of a mean."
+    import torch
     sample = torch.as_tensor(values, dtype=torch.float64).flatten()
     if len(sample) < 2: raise Refusal("an interval needs at least two values", 2)
     generator = torch.Generator().manual_seed(seed)
