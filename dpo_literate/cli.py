@@ -379,11 +379,11 @@ def add_attack(p:argparse.ArgumentParser)->None:
     for name, default, text in (("first", None, "only so many tasks (all)"), ("limit", 12, "most tokens of a reply (12)"), ("seed", 0, "of the attacker (0)"),
                                 ("gcg", 0, "tasks attacked by GCG as well (0)"), ("gcg_steps", 12, "its steps (12)")):
         p.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=text)
-    p.set_defaults(run=lambda args: later("secalign", "main_attack", args))
+    p.set_defaults(run=lambda args: later("attacks", "main_attack", args))
 
 # %% ../nbs/11a_cli.ipynb #d2b81f6a
 def add_hierarchy_eval(p:argparse.ArgumentParser)->None:
-    "Arguments of `hierarchy-eval`, page 21."
+    "Arguments of `hierarchy-eval`, page 21b."
     p.add_argument("--model", required=True, help="a folder of save_hierarchy, an adapter's or a model's; \"bundled\" or a hub name")
     p.add_argument("--out", required=True, help="a new folder for hierarchy.md and hierarchy.json")
     p.add_argument("--upside-down", action="store_true", help="ask the conflicts again, lowest level first")
@@ -391,7 +391,7 @@ def add_hierarchy_eval(p:argparse.ArgumentParser)->None:
                                 ("cascades", 20, "conflicts of three levels or more (20)"), ("seed", 0, "of the items (0)"),
                                 ("limit", 24, "most tokens of a reply (24)"), ("batch", 32, "prompts at a time (32)")):
         p.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=text)
-    p.set_defaults(run=lambda args: later("hierarchy", "main_hierarchy", args))
+    p.set_defaults(run=lambda args: later("hierarchy_eval", "main_hierarchy", args))
 
 # %% ../nbs/11a_cli.ipynb #6085b613
 def main(
