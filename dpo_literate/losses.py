@@ -46,7 +46,8 @@ def dpo_loss(
 # %% ../nbs/04_losses.ipynb #6f97766a
 INPUTS = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps",
           "chosen_lengths", "rejected_lengths", "offset", "chosen_wpo", "rejected_wpo", "gap_mean",
-          "policy_logps", "ref_logps", "label", "kl", "reward_mean")
+          "policy_logps", "ref_logps", "label", "kl", "reward_mean",
+          "prompt_logps", "prompt_lengths")
 
 # %% ../nbs/04_losses.ipynb #49d98a3d
 DERIVED:dict[str,tuple] = {}  # name -> its inputs, and how; φ is the identity until (4.5)

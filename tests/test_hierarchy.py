@@ -1,4 +1,4 @@
-"The hierarchy beyond the page: the front end on forged text, segments on any token string, every reference mode, resume, and the judge against loops."
+"The hierarchy beyond the page: forged text, segments, every reference mode, resume, the judge."
 import argparse
 import copy
 import importlib.util
@@ -12,17 +12,26 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from dpo_literate.cli import main
-from dpo_literate.hierarchy import (DELIMITERS, FAMILIES, FORBID, LOOKALIKES, NEEDLESS, OVERRIDES, PAIRS, PARTS, PERSONAS, REQUESTS, WORDS, HierarchyTrainer,
-                                    KeepBest, SegmentEmbedding, add_delimiters, add_segments, agreed, conflict, delimiter_ids, gravity, hierarchy_metrics,
-                                    hierarchy_policy, hierarchy_rows, hierarchy_state, in_stage, judge, load_any_rank, load_hierarchy, load_hierarchy_state,
-                                    look_alike, macro, main_hierarchy, make_items, messages_of, pooled, ppa, ranked, refuses, replies_to, reserved_tokens,
-                                    save_hierarchy, says, segments_of, share_interval, share_of, strip_reserved, tables_of, turns_of, whs)
+from dpo_literate.gw_dpo import (DELIMITERS, PARTS, HierarchyTrainer, KeepBest, SegmentEmbedding,
+                                 add_delimiters, add_segments, delimiter_ids, gravity,
+                                 has_level_tokens, hierarchy_policy, hierarchy_rows,
+                                 hierarchy_state, in_stage, load_hierarchy, load_hierarchy_state,
+                                 messages_of, save_hierarchy, segments_of, token_tables, turns_of)
+from dpo_literate.hierarchy import (FAMILIES, FORBID, LOOKALIKES, NEEDLESS, OVERRIDES, PAIRS,
+                                    PERSONAS, REQUESTS, WORDS, agreed, conflict, look_alike,
+                                    make_items, refuses, reserved_tokens, says_word,
+                                    strip_reserved)
+from dpo_literate.hierarchy_eval import (hierarchy_metrics, judge_replies, load_to_judge,
+                                         macro_mean, main_hierarchy, pooled_share, ppa,
+                                         replies_to, share_interval, share_of, whs)
 from dpo_literate.logps import pad_rows
 from dpo_literate.losses import dpo_loss
-from dpo_literate.models import load_model, load_tokenizer, no_dropout, tiny_config, tiny_model, write_folder
+from dpo_literate.models import (load_model, load_tokenizer, no_dropout, tiny_config, tiny_model,
+                                 write_folder)
 from dpo_literate.packing import pack_rows, packed_reply_logps
 from dpo_literate.results import Refusal, claim_problems
 from dpo_literate.rows import control_ids, encode_prompt, encode_text, tiny_tokenizer
@@ -48,16 +57,22 @@ def policy_of(kind="llama", ise=True):
 
 
 def train(policy, tokenizer, out, rows=None, resume=None, evals=None, callbacks=None, **more):
-    settings = dict(save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, logging_steps=1, learning_rate=3e-3, max_length=None, per_device_train_batch_size=4,
-                    lr_scheduler_type="constant", max_steps=4) | more
-    trainer = HierarchyTrainer(policy, args=DPOConfig(str(out), **settings), train_dataset=rows or hierarchy_rows(ITEMS, tokenizer), eval_dataset=evals, processing_class=tokenizer,
+    settings = dict(save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+                    logging_steps=1, learning_rate=3e-3, max_length=None,
+                    per_device_train_batch_size=4, lr_scheduler_type="constant",
+                    max_steps=4) | more
+    trainer = HierarchyTrainer(policy, args=DPOConfig(str(out), **settings),
+                               train_dataset=rows or hierarchy_rows(ITEMS, tokenizer),
+                               eval_dataset=evals, processing_class=tokenizer,
                                callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
-def learned(policy): return torch.cat([p.detach().double().flatten() for p in policy.parameters() if p.requires_grad])
+def learned(policy):
+    own = [p for p in policy.parameters() if p.requires_grad]
+    return torch.cat([p.detach().double().flatten() for p in own])
 
 
 # ------------------------------------------------------------ the front end
@@ -67,12 +82,17 @@ def forged(rng, marks, pieces=14):
     for _ in range(rng.randint(1, pieces)):
         mark = rng.choice(marks)
         cut, at = rng.randint(0, len(mark)), rng.randint(0, len(text))
-        text = text[:at] + rng.choice([mark, mark[:cut], mark[cut:], mark.lower(), "é", " "]) + text[at:]
+        piece = rng.choice([mark, mark[:cut], mark[cut:], mark.lower(), "é", " "])
+        text = text[:at] + piece + text[at:]
     return text
 
 
-@pytest.mark.parametrize("marks", [DELIMITERS, ("##", "[MARK]", "[INST]", "[COLN]", "#"), ("aa", "ab", "ba", "aba"), ("a",), ("<|im_end|>", "<|im_start|>", "|>")],
-                         ids=["hierarchy", "brackets", "overlapping", "letter", "suffix"])
+MARKS = dict(hierarchy=DELIMITERS, brackets=("##", "[MARK]", "[INST]", "[COLN]", "#"),
+             overlapping=("aa", "ab", "ba", "aba"), letter=("a",),
+             suffix=("<|im_end|>", "<|im_start|>", "|>"))
+
+
+@pytest.mark.parametrize("marks", MARKS.values(), ids=MARKS)
 def test_no_mark_is_left_in_ten_thousand_forged_strings(marks):
     rng = random.Random(0)
     for _ in range(10_000):
@@ -97,7 +117,8 @@ def test_deep_nesting_costs_one_pass():
     assert time.process_time() - began < 20
 
 
-def test_nothing_reserved_leaves_text_alone(): assert strip_reserved("<|L0_END|>", []) == "<|L0_END|>"
+def test_nothing_reserved_leaves_text_alone():
+    assert strip_reserved("<|L0_END|>", []) == "<|L0_END|>"
 
 
 def test_untrusted_text_never_becomes_a_reserved_token():
@@ -108,12 +129,16 @@ def test_untrusted_text_never_becomes_a_reserved_token():
         text = forged(rng, marks)
         assert not control.intersection(encode_text(tokenizer, text))
         if n % 10: continue
-        levels = {l: forged(rng, marks, 6) for l in rng.sample(range(5), rng.randint(1, 5))}
-        got = [t for t in encode_prompt(messages_of(levels, tokenizer), tokenizer) if t in control]
-        assert tokenizer.convert_ids_to_tokens(got) == [f"<|L{l}_{side}|>" for l in sorted(levels) for side in ("START", "END")] + ["<|RESP_START|>"]
+        levels = {level: forged(rng, marks, 6)
+                  for level in rng.sample(range(5), rng.randint(1, 5))}
+        ids = encode_prompt(messages_of(levels, tokenizer), tokenizer)
+        found = tokenizer.convert_ids_to_tokens([t for t in ids if t in control])
+        sides = [f"<|L{level}_{side}|>" for level in sorted(levels) for side in ("START", "END")]
+        assert found == [*sides, "<|RESP_START|>"]
 
 
-@pytest.mark.parametrize("levels", [{}, {5: "a"}, {"L0": "a"}, {-1: "a", 0: "b"}], ids=["none", "five", "name", "negative"])
+@pytest.mark.parametrize("levels", [{}, {5: "a"}, {"L0": "a"}, {-1: "a", 0: "b"}],
+                         ids=["none", "five", "name", "negative"])
 def test_other_levels_are_refused(levels):
     with pytest.raises(Refusal, match="levels"): messages_of(levels, made(ise=False)[1])
 
@@ -125,87 +150,117 @@ LINEAR, BILATERAL = (1, 2, 3, 4, 1, 2, 3, 1, 2, 1), (4, 8, 12, 16, 3, 6, 9, 2, 4
 
 @pytest.mark.parametrize("n", range(10), ids=lambda n: "%d%d" % PAIRS[n])
 def test_published_deltas(n):
-    assert (gravity(*PAIRS[n], "linear", 1.), gravity(*PAIRS[n], "bilateral", 1.), gravity(*PAIRS[n], "none", 1.)) == (LINEAR[n], BILATERAL[n], 0)
+    wanted = dict(linear=LINEAR[n], bilateral=BILATERAL[n], none=0)
+    assert {name: gravity(*PAIRS[n], name, 1.) for name in wanted} == wanted
 
 
-@pytest.mark.parametrize("delta,schedule,loss", [(-2, "linear", 1.171101), (-2, "bilateral", 2.126928), (5, "linear", .744397), (5, "bilateral", 1.541008)])
+@pytest.mark.parametrize("delta,schedule,loss", [
+    (-2, "linear", 1.171101), (-2, "bilateral", 2.126928),
+    (5, "linear", .744397), (5, "bilateral", 1.541008)])
 def test_known_losses(delta, schedule, loss):
     z = torch.zeros(1, dtype=torch.float64)
-    assert dpo_loss(z + delta, z, z, z, gravity(1, 3, schedule), .1)[0].item() == pytest.approx(loss, abs=1e-6)
+    found = dpo_loss(z + delta, z, z, z, gravity(1, 3, schedule), .1)[0].item()
+    assert found == pytest.approx(loss, abs=1e-6)
 
 
 def test_offsets_of_rows():
-    items, tokenizer = make_items(per_pair=2, benign=3, cascades=6, aligned=1), made(ise=False)[1]
-    for schedule in ("none", "linear", "bilateral"):
+    items = make_items(per_pair=2, benign=3, cascades=6, aligned=1)
+    tokenizer = made(ise=False)[1]
+    rules = dict(none=lambda i, j: 0, linear=lambda i, j: j - i,
+                 bilateral=lambda i, j: (j - i) * (4 - i))
+    for schedule, rule in rules.items():
         for x, r in zip(items, hierarchy_rows(items, tokenizer, schedule, .7)):
-            i, j = min(x.chain), max(x.chain)
-            want = {"none": 0, "linear": j - i, "bilateral": (j - i) * (4 - i)}[schedule] if x.attacked else 0
+            want = rule(min(x.chain), max(x.chain)) if x.attacked else 0
             assert r.offset == pytest.approx(.7 * want, abs=1e-12)
-    constant, bilateral = ([r.offset for r in hierarchy_rows(items, tokenizer, s)] for s in ("constant", "bilateral"))
-    assert sum(constant) == pytest.approx(sum(bilateral)) and len({round(o, 9) for o in constant}) == 2
+    constant, bilateral = ([r.offset for r in hierarchy_rows(items, tokenizer, s)]
+                           for s in ("constant", "bilateral"))
+    assert sum(constant) == pytest.approx(sum(bilateral))
+    assert len({round(o, 9) for o in constant}) == 2
 
 
 # ------------------------------------------------------------ the data
 
 def test_held_out_is_held_out():
-    for table in (OVERRIDES, LOOKALIKES, PERSONAS, FORBID, REQUESTS, WORDS): assert not set(table["train"]) & set(table["held out"])
-    assert not {t for pair in WORDS["train"] for t in pair} & {t for pair in WORDS["held out"] for t in pair}
+    for table in (OVERRIDES, LOOKALIKES, PERSONAS, FORBID, REQUESTS, WORDS):
+        assert not set(table["train"]) & set(table["held out"])
+    said = {split: {t for pair in pairs for t in pair} for split, pairs in WORDS.items()}
+    assert not said["train"] & said["held out"]
     for name, f in FAMILIES.items():
         assert not set(f.train) & set(f.held_out) and f.held_out
-        if name not in ("case", "brackets"): assert not set(f.values.get("train", ())) & set(f.values["held out"])
+        if name in ("case", "brackets"): continue
+        assert not set(f.values.get("train", ())) & set(f.values["held out"])
     assert [n for n, f in FAMILIES.items() if "train" not in f.values] == ["greeting"]
-    texts = {split: {t for x in make_items(split, 0, per_pair=30, benign=60, cascades=30) for t in x.levels.values()} for split in WORDS}
-    assert not texts["train"] & texts["held out"]
+    def texts(split):
+        items = make_items(split, 0, per_pair=30, benign=60, cascades=30)
+        return {t for x in items for t in x.levels.values()}
+    assert not texts("train") & texts("held out")
 
 
 @pytest.mark.parametrize("split", ["train", "held out"])
 def test_every_item_is_judged_as_it_was_made(split):
     for seed in range(5):
         for x in make_items(split, seed, per_pair=12, aligned=6, benign=12, cascades=12):
-            assert list(x.levels) == sorted(x.levels) and 3 in x.levels and set(x.chain) <= set(x.levels)
+            assert list(x.levels) == sorted(x.levels)
+            assert 3 in x.levels and set(x.chain) <= set(x.levels)
             assert x.satisfied(x.chosen) and not x.follows(x.chosen)
-            if x.attacked: assert x.follows(x.rejected) and not x.satisfied(x.rejected)
-            else: assert says(x.chosen, x.answer) and not refuses(x.chosen) and refuses(x.rejected) and not says(x.rejected, x.answer)
             assert not x.satisfied("") and not x.follows("")
+            if x.attacked:
+                assert x.follows(x.rejected) and not x.satisfied(x.rejected)
+            else:
+                assert says_word(x.chosen, x.answer) and not refuses(x.chosen)
+                assert refuses(x.rejected) and not says_word(x.rejected, x.answer)
 
 
 def test_sets_have_what_was_asked():
     items = make_items("held out", 2, per_pair=3, aligned=2, benign=5, cascades=4)
-    assert Counter(x.kind for x in items) == Counter(conflict=30, aligned=20, benign=5, cascade=4)
-    assert Counter(x.pair for x in items if x.kind == "conflict") == Counter({p: 3 for p in PAIRS})
-    assert {len(x.chain) for x in items if x.kind == "cascade"} == {3, 4, 5} and all(x.pair == (min(x.chain), max(x.chain)) for x in items)
+    kinds = Counter(x.kind for x in items)
+    assert kinds == Counter(conflict=30, aligned=20, benign=5, cascade=4)
+    pairs = Counter(x.pair for x in items if x.kind == "conflict")
+    assert pairs == Counter({p: 3 for p in PAIRS})
+    assert {len(x.chain) for x in items if x.kind == "cascade"} == {3, 4, 5}
+    assert all(x.pair == (min(x.chain), max(x.chain)) for x in items)
 
 
-@pytest.mark.parametrize("reply,sat,follow", [("I cannot talk about weather.", True, False), ("Rain.", False, True), ("I cannot say, but it is rain.", False, True), ("Nothing.", False, False)])
+@pytest.mark.parametrize("reply,sat,follow", [
+    ("I cannot talk about weather.", True, False), ("Rain.", False, True),
+    ("I cannot say, but it is rain.", False, True), ("Nothing.", False, False)])
 def test_a_forbidden_topic(reply, sat, follow):
-    x = next(x for x in make_items("held out", 0, per_pair=80) if x.family == "topic" and x.answer == "rain")
+    items = make_items("held out", 0, per_pair=80)
+    x = next(x for x in items if x.family == "topic" and x.answer == "rain")
     assert (x.satisfied(reply), x.follows(reply)) == (sat, follow)
 
 
-def test_needless_refusals_are_seen(): assert all(map(refuses, NEEDLESS)) and not refuses("You can’t see it: rain.".replace("can’t", "can")) and refuses("I can’t.")
+def test_needless_refusals_are_seen():
+    assert all(map(refuses, NEEDLESS)) and refuses("I can’t.")
+    assert not refuses("You can see it: rain.")
 
 
 # ------------------------------------------------------------ metrics against loops
 
 def test_metrics_equal_plain_loops():
-    items = make_items("held out", 4, per_pair=5, aligned=2, benign=7, cascades=8)[3:]    # unequal pairs
+    items = make_items("held out", 4, per_pair=5, aligned=2, benign=7, cascades=8)[3:]  # unequal
     rng = random.Random(0)
     replies = [rng.choice((x.chosen, x.rejected, "Maybe.")) for x in items]
-    wins = {p: [x.satisfied(y) and not x.follows(y) for x, y in zip(items, replies) if x.kind == "conflict" and x.pair == p] for p in PAIRS}
-    rate = {p: sum(w) / len(w) for p, w in wins.items()}
-    seen, found = judge(items, replies), hierarchy_metrics(items, replies)
+    def won(pair): return [x.satisfied(y) and not x.follows(y) for x, y in zip(items, replies)
+                           if x.kind == "conflict" and x.pair == pair]
+    rate = {pair: sum(won(pair)) / len(won(pair)) for pair in PAIRS}
+    macro = sum(rate.values()) / 10
+    weighted = sum((j - i) * r for (i, j), r in rate.items()) / 20
+    seen, found = judge_replies(items, replies), hierarchy_metrics(items, replies)
     assert ppa(items, seen["won"]) == pytest.approx(rate)
-    assert macro(rate) == pytest.approx(found["macro PPA"].value) == pytest.approx(sum(rate.values()) / 10)
-    assert whs(rate) == pytest.approx(found["WHS"].value) == pytest.approx(sum((j - i) * r for (i, j), r in rate.items()) / 20)
+    assert macro_mean(rate) == pytest.approx(found["macro PPA"].value) == pytest.approx(macro)
+    assert whs(rate) == pytest.approx(found["WHS"].value) == pytest.approx(weighted)
     for kind in ("aligned", "benign"):
         some = [(x, y) for x, y in zip(items, replies) if x.kind == kind]
-        assert found[f"{kind} refused"].value == pytest.approx(sum(refuses(y) for _, y in some) / len(some))
-        assert found[f"{kind} undone"].value == pytest.approx(sum(x.answer not in y.lower() for x, y in some) / len(some))
+        refused = sum(refuses(y) for _, y in some) / len(some)
+        undone = sum(x.answer not in y.lower() for x, y in some) / len(some)
+        assert found[f"{kind} refused"].value == pytest.approx(refused)
+        assert found[f"{kind} undone"].value == pytest.approx(undone)
     assert all(s.low <= s.value <= s.high for s in found.values())
 
 
 def test_one_reply_an_item():
-    with pytest.raises(ValueError): judge(ITEMS, ["a"])
+    with pytest.raises(ValueError): judge_replies(ITEMS, ["a"])
 
 
 # ------------------------------------------------------------ tokens and segments
@@ -213,11 +268,14 @@ def test_one_reply_an_item():
 @pytest.mark.parametrize("kind", KINDS)
 def test_new_rows_are_the_mean_and_nothing_else_changes(kind):
     tokenizer, model = tiny_tokenizer(), tiny_model(kind)
-    old, n = {k: t.detach().clone() for k, t in tables_of(model).items()}, len(tokenizer)
+    old = {name: t.detach().clone() for name, t in token_tables(model).items()}
+    n = len(tokenizer)
     ids = add_delimiters(model, tokenizer)
-    for name, table in tables_of(model).items():
-        assert torch.equal(table[ids], old[name][:n].mean(0).expand(12, -1)) and torch.equal(table[:n], old[name][:n])
-    assert tokenizer.convert_ids_to_tokens(ids) == list(DELIMITERS) and set(ids) <= control_ids(tokenizer)
+    for name, table in token_tables(model).items():
+        assert torch.equal(table[ids], old[name][:n].mean(0).expand(12, -1))
+        assert torch.equal(table[:n], old[name][:n])
+    assert tokenizer.convert_ids_to_tokens(ids) == list(DELIMITERS)
+    assert set(ids) <= control_ids(tokenizer)
     with pytest.raises(Refusal, match="already"): add_delimiters(model, tokenizer)
 
 
@@ -248,19 +306,24 @@ def test_zero_segments_are_the_plain_model(kind):
     table = add_segments(model, tokenizer, std=0.)
     assert torch.equal(packed_reply_logps(model, pad_rows(rows)).sums, plain)
     with torch.no_grad(): table.weight.normal_(generator=torch.Generator().manual_seed(0))
-    packed, padded = (packed_reply_logps(model, b).sums for b in (pack_rows(rows)[0], pad_rows(rows)))
-    assert (packed - plain).abs().max() > 1e-3 and (packed - padded).abs().max() < (1e-4 if kind != "gpt2" else 1e-9) * plain.abs().max()
+    both = pack_rows(rows)[0], pad_rows(rows)
+    packed, padded = (packed_reply_logps(model, b).sums for b in both)
+    rounding = (1e-9 if kind == "gpt2" else 1e-4) * plain.abs().max()
+    assert (packed - plain).abs().max() > 1e-3 and (packed - padded).abs().max() < rounding
     with pytest.raises(Refusal, match="already"): add_segments(model, tokenizer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_with_a_cache_and_in_batches(kind):
     model, tokenizer = made(kind, std=1.)
-    alone = [replies_to(model, tokenizer, [x], limit=6)[0] for x in ITEMS]
-    if kind != "gemma2": assert replies_to(model, tokenizer, ITEMS, limit=6, batch=5) == alone   # left-padded rows of this family are not finite
+    one_by_one = [replies_to(model, tokenizer, [x], limit=6)[0] for x in ITEMS]
+    if kind != "gemma2":   # left-padded rows of this family are not finite
+        assert replies_to(model, tokenizer, ITEMS, limit=6, batch=5) == one_by_one
     ids = torch.tensor([encode_prompt(messages_of(ITEMS[0].levels, tokenizer), tokenizer)])
-    said = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, eos_token_id=None, pad_token_id=0)
-    for t in range(ids.shape[1], said.shape[1]): assert model(said[:, :t]).logits[0, -1].argmax() == said[0, t]
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                          max_new_tokens=6, eos_token_id=None, pad_token_id=0)
+    for t in range(ids.shape[1], said.shape[1]):
+        assert model(said[:, :t]).logits[0, -1].argmax() == said[0, t]
 
 
 def test_a_copy_has_segments_of_its_own():
@@ -289,7 +352,7 @@ def test_only_the_rows_of_the_marks_learn(make, tmp_path):
     policy, tokenizer = make()
     before = {n: p.detach().clone() for n, p in policy.named_parameters()}
     train(policy, tokenizer, tmp_path)
-    tables = {id(t) for t in tables_of(policy).values()}
+    tables = {id(t) for t in token_tables(policy).values()}
     for n, p in policy.named_parameters():
         if id(p) in tables:
             changed = (p != before[n]).any(-1).nonzero()[:, 0].tolist()
@@ -301,9 +364,9 @@ def test_only_the_rows_of_the_marks_learn(make, tmp_path):
 def test_every_row_learns_again_without_an_adapter(tmp_path):
     policy, tokenizer = tied()
     model = hierarchy_policy(policy.merge_and_unload(), tokenizer)
-    before = tables_of(model)["input"].detach().clone()
+    before = token_tables(model)["input"].detach().clone()
     train(model, tokenizer, tmp_path)
-    assert (tables_of(model)["input"] != before).any(-1).sum() > 100
+    assert (token_tables(model)["input"] != before).any(-1).sum() > 100
 
 
 def test_every_reference_mode_gives_the_same_weights(tmp_path):
@@ -318,28 +381,34 @@ def test_every_reference_mode_gives_the_same_weights(tmp_path):
 def test_a_frozen_reference_keeps_its_segments_in_full_training(tmp_path):
     model, tokenizer = made("gpt2")
     before = segments_of(model).weight.detach().clone()
-    trainer = train(hierarchy_policy(model, tokenizer), tokenizer, tmp_path, precompute_ref_log_probs=False)
-    assert torch.equal(segments_of(trainer.reference.model).weight, before) and not torch.equal(segments_of(model).weight, before)
+    policy = hierarchy_policy(model, tokenizer)
+    trainer = train(policy, tokenizer, tmp_path, precompute_ref_log_probs=False)
+    assert torch.equal(segments_of(trainer.reference.model).weight, before)
+    assert not torch.equal(segments_of(model).weight, before)
 
 
 def test_weight_decay_is_refused(tmp_path):
-    with pytest.raises(Refusal, match="weight_decay"): train(*policy_of(), tmp_path, weight_decay=.01)
+    with pytest.raises(Refusal, match="weight_decay"):
+        train(*policy_of(), tmp_path, weight_decay=.01)
 
 
 def test_a_run_goes_on_to_the_bit_with_rows_and_segments(tmp_path):
     whole, tokenizer = policy_of()
     train(whole, tokenizer, tmp_path / "whole", save_strategy="steps", save_steps=2)
     again, _ = policy_of()
-    train(again, tokenizer, tmp_path / "whole", save_strategy="steps", save_steps=2, resume=str(tmp_path / "whole" / "checkpoint-2"))
+    train(again, tokenizer, tmp_path / "whole", save_strategy="steps", save_steps=2,
+          resume=str(tmp_path / "whole" / "checkpoint-2"))
     assert torch.equal(learned(whole), learned(again))
 
 
 def test_the_best_state_comes_back(tmp_path):
     policy, tokenizer = policy_of()
     keep, rows = KeepBest(tokenizer), hierarchy_rows(ITEMS, tokenizer)
-    trainer = train(policy, tokenizer, tmp_path, rows, evals=rows[:6], callbacks=[keep], eval_strategy="steps", eval_steps=1, max_steps=3)
+    trainer = train(policy, tokenizer, tmp_path, rows, evals=rows[:6], callbacks=[keep],
+                    eval_strategy="steps", eval_steps=1, max_steps=3)
     seen = [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
-    assert len(seen) == 3 and keep.loss == min(seen) == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+    assert len(seen) == 3 and keep.loss == min(seen)
+    assert keep.loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
 
 
 def test_a_worse_state_is_not_kept():
@@ -349,7 +418,7 @@ def test_a_worse_state_is_not_kept():
     for loss, shift in ((2., 0.), (1., 1.), (3., 1.)):
         with torch.no_grad():
             for p in keep.own(policy).values(): p.add_(shift)
-            for table in tables_of(policy).values(): table[delimiter_ids(tokenizer)] += shift
+            for table in token_tables(policy).values(): table[delimiter_ids(tokenizer)] += shift
         keep.on_evaluate(None, None, None, metrics={"eval_loss": loss}, model=policy)
     keep.on_train_end(None, None, None, model=policy)
     gap = (learned(policy) - start).round(decimals=9)
@@ -376,14 +445,17 @@ def test_saved_and_loaded(make, tmp_path):
         if key in own: own[key].copy_(p[:len(own[key])])
     loaded, again = load_hierarchy(fresh, tmp_path / "saved")
     ids = torch.tensor([encode_prompt(messages_of(ITEMS[0].levels, tokenizer), tokenizer)])
-    assert (loaded(ids).logits - policy(ids).logits).abs().max() < 1e-5 and again.get_vocab() == tokenizer.get_vocab()
-    assert all(torch.equal(v, hierarchy_state(loaded, again)[k]) for k, v in hierarchy_state(policy, tokenizer).items())
+    assert (loaded(ids).logits - policy(ids).logits).abs().max() < 1e-5
+    assert again.get_vocab() == tokenizer.get_vocab()
+    here, there = hierarchy_state(policy, tokenizer), hierarchy_state(loaded, again)
+    assert set(here) == set(there) and all(torch.equal(v, there[k]) for k, v in here.items())
 
 
 def test_a_state_of_another_model_is_refused():
     with_segments, tokenizer = made()
     without, other = made(ise=False)
-    with pytest.raises(Refusal, match="segments"): load_hierarchy_state(without, other, hierarchy_state(with_segments, tokenizer))
+    with pytest.raises(Refusal, match="segments"):
+        load_hierarchy_state(without, other, hierarchy_state(with_segments, tokenizer))
     with pytest.raises(Refusal, match="no adapter"): save_hierarchy(without, other, "unused")
     with pytest.raises(Refusal, match="add_delimiters"): delimiter_ids(tiny_tokenizer())
 
@@ -394,8 +466,10 @@ def test_pairs_out_of_order_are_refused(bad):
 
 
 def test_controls_agree():
-    for x in (agreed((0, 3), random.Random(n)) for n in range(50)): assert not x.follows(x.rejected) and x.pair == (0, 3)
-    assert all(math.isnan(v) for v in judge([look_alike(1, random.Random(0))], ["a"])["won"].tolist())
+    for x in (agreed((0, 3), random.Random(n)) for n in range(50)):
+        assert not x.follows(x.rejected) and x.pair == (0, 3)
+    seen = judge_replies([look_alike(1, random.Random(0))], ["a"])
+    assert all(math.isnan(v) for v in seen["won"].tolist())
     assert conflict((0, 2, 4), random.Random(0)).kind == "cascade"
 
 
@@ -403,41 +477,57 @@ def test_controls_agree():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    "Models on disk: saved hierarchies with and without segments, one of them whole, a plain adapter, plain bases."
+    """Models on disk: saved hierarchies with and without segments, one of them whole, a plain
+    adapter, plain bases."""
     desk = tmp_path_factory.mktemp("models")
-    for kind in ("llama", "qwen2", "gpt2"): write_folder(desk / kind, tiny_model(kind).float(), tiny_tokenizer())
+    for kind in ("llama", "qwen2", "gpt2"):
+        write_folder(desk / kind, tiny_model(kind).float(), tiny_tokenizer())
     for name, ise in (("marks", False), ("segments", True)):
         tokenizer, model = load_tokenizer(desk / "llama"), load_model(desk / "llama")
         add_delimiters(model, tokenizer)
         if ise: add_segments(model, tokenizer, std=1.)
         if ise: write_folder(desk / "whole", model, tokenizer)
         save_hierarchy(hierarchy_policy(model, tokenizer, lora()), tokenizer, desk / name)
-    get_peft_model(load_model(desk / "qwen2"), LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(desk / "adapter")
+    random_lora = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"],
+                             task_type="CAUSAL_LM")
+    get_peft_model(load_model(desk / "qwen2"), random_lora).save_pretrained(desk / "adapter")
     write_folder(desk / "bare", tiny_model().float(), tiny_tokenizer("plain"))
     (desk / "orphan").mkdir()
-    (desk / "orphan" / "adapter_config.json").write_text(json.dumps(dict(peft_type="LORA", base_model_name_or_path=None)))
+    config = dict(peft_type="LORA", base_model_name_or_path=None)
+    (desk / "orphan" / "adapter_config.json").write_text(json.dumps(config))
     return desk
 
 
 def asked_of(folder, out, **more):
-    return argparse.Namespace(**(dict(model=str(folder), out=str(out), seed=0, per_pair=2, aligned=1, benign=3, cascades=3, limit=5, batch=32, upside_down=False) | more))
+    settings = dict(seed=0, per_pair=2, aligned=1, benign=3, cascades=3, limit=5, batch=32,
+                    upside_down=False) | more
+    return argparse.Namespace(model=str(folder), out=str(out), **settings)
 
 
-@pytest.mark.parametrize("name,marks,turned", [("segments", True, 20), ("marks", True, 20), ("whole", True, 20), ("adapter", False, 8), ("llama", False, 8), ("qwen2", False, 8), ("gpt2", False, 8)])
+@pytest.mark.parametrize("name,marks,turned", [
+    ("segments", True, 20), ("marks", True, 20), ("whole", True, 20), ("adapter", False, 8),
+    ("llama", False, 8), ("qwen2", False, 8), ("gpt2", False, 8)])
 def test_the_command_judges_a_folder(folders, tmp_path, capsys, name, marks, turned):
-    assert main_hierarchy(asked_of(folders / name, tmp_path / "out", upside_down=True)) == 0
-    found = json.loads((tmp_path / "out" / "hierarchy.json").read_text())
-    n = {k: s["n"] for k, s in found["shares"].items()}
-    assert found["marks"] == marks and n["macro PPA"] == n["WHS"] == 20 and n["cascades won"] == n["benign undone"] == 3 and n["aligned refused"] == 10
-    assert n["PPA upside down"] == n["the same in order"] == turned and all(n[f"PPA {i} over {j}"] == 2 for i, j in PAIRS)
-    assert all(0 <= s["low"] <= s["value"] <= s["high"] <= 1 and s["low"] < s["high"] for s in found["shares"].values())
+    out = tmp_path / "out"
+    assert main_hierarchy(asked_of(folders / name, out, upside_down=True)) == 0
+    found = json.loads((out / "hierarchy.json").read_text())
+    shares, n = found["shares"], {k: s["n"] for k, s in found["shares"].items()}
+    assert found["marks"] == marks and n["macro PPA"] == n["WHS"] == 20
+    assert n["cascades won"] == n["benign undone"] == 3 and n["aligned refused"] == 10
+    assert n["PPA upside down"] == n["the same in order"] == turned
+    assert all(n[f"PPA {i} over {j}"] == 2 for i, j in PAIRS)
+    for s in shares.values():
+        assert 0 <= s["low"] <= s["value"] <= s["high"] <= 1 and s["low"] < s["high"]
     items = make_items("held out", 0, per_pair=2, aligned=1, benign=3, cascades=3)
     replies = [x["reply"] for x in found["items"]]
-    assert [x["levels"] for x in found["items"]] == [{str(l): t for l, t in x.levels.items()} for x in items] and any(replies)
-    assert {k: s["value"] for k, s in found["shares"].items() if k in hierarchy_metrics(items, replies)} == {k: s.value for k, s in hierarchy_metrics(items, replies).items()}
-    text, said = (tmp_path / "out" / "hierarchy.md").read_text(), capsys.readouterr().out
-    assert all(line in text for line in said.splitlines()[:-1]) and said.count("\n") == 2 + len(n) + 1
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["hierarchy.json", "hierarchy.md"]
+    levels = [{str(level): t for level, t in x.levels.items()} for x in items]
+    assert [x["levels"] for x in found["items"]] == levels and any(replies)
+    for metric, share in hierarchy_metrics(items, replies).items():
+        assert shares[metric]["value"] == share.value
+    text, said = (out / "hierarchy.md").read_text(), capsys.readouterr().out
+    assert all(line in text for line in said.splitlines()[:-1])
+    assert said.count("\n") == 2 + len(n) + 1
+    assert sorted(p.name for p in out.iterdir()) == ["hierarchy.json", "hierarchy.md"]
 
 
 def test_a_folder_is_loaded_with_everything_that_was_learned(folders):
@@ -447,58 +537,94 @@ def test_a_folder_is_loaded_with_everything_that_was_learned(folders):
     plain = torch.tensor([encode_prompt(messages_of(ITEMS[0].levels, tokenizer), tokenizer)])
     without = model(plain).logits
     add_segments(model, tokenizer, std=1.)
-    for name, want in (("marks", without), ("segments", model(plain).logits), ("whole", model(plain).logits)):
-        loaded, again = load_any_rank(folders / name)
-        assert ranked(again) and (loaded.cpu()(plain).logits - want).abs().max() < 1e-4, name
-    adapted, base = load_any_rank(folders / "adapter")[0].cpu(), load_model(folders / "qwen2")
+    with_segments = model(plain).logits
+    wanted = dict(marks=without, segments=with_segments, whole=with_segments)
+    for name, want in wanted.items():
+        loaded, again = load_to_judge(folders / name)
+        assert has_level_tokens(again), name
+        assert (loaded.cpu()(plain).logits - want).abs().max() < 1e-4, name
+    adapted, base = load_to_judge(folders / "adapter")[0].cpu(), load_model(folders / "qwen2")
     assert (adapted(plain % 300).logits - base(plain % 300).logits).abs().max() > 1e-3
 
 
 def test_the_same_seed_gives_the_same_figures(folders, tmp_path):
-    for name, seed, batch in (("a", 0, 32), ("b", 0, 7), ("c", 1, 32)): main_hierarchy(asked_of(folders / "segments", tmp_path / name, seed=seed, batch=batch))
+    for name, seed, batch in (("a", 0, 32), ("b", 0, 7), ("c", 1, 32)):
+        main_hierarchy(asked_of(folders / "segments", tmp_path / name, seed=seed, batch=batch))
     a, b, c = (json.loads((tmp_path / n / "hierarchy.json").read_text()) for n in "abc")
     assert a["shares"] == b["shares"] and a["items"] == b["items"] and a["items"] != c["items"]
 
 
-def test_what_the_command_refuses(folders, tmp_path, capsys):
-    def run(*argv): return capsys.readouterr() and main(["hierarchy-eval", *map(str, argv)]), capsys.readouterr().err
-    full = tmp_path / "full"; full.mkdir(); (full / "mine").write_text("x")
-    small, out = ("--per-pair", 1, "--aligned", 0, "--benign", 0, "--cascades", 0, "--limit", 2), tmp_path / "out"
-    bare, orphan = folders / "bare", folders / "orphan"
-    for argv, said in ((("--model", folders / "llama", "--out", full), "not empty"), (("--model", folders / "llama", "--out", full / "mine"), "not empty"),
-                       (("--model", tmp_path / "nowhere", "--out", out), "does not exist"), (("--model", bare, "--out", out), "no chat template"),
-                       (("--model", orphan, "--out", out), "which model it belongs on"), (("--model", folders / "gpt2", "--out", out, "--limit", 500), "reads no more than 512"),
-                       (("--model", folders / "llama", "--out", out, "--per-pair", 0), "per_pair=0"), (("--model", folders / "llama", "--out", out, "--cascades", -1), "cascades=-1")):
-        code, err = run(*small, *argv)
-        assert code == 2 and said in err and err.count("\n") == 1, (argv, err)
-    assert not out.exists() and [p.name for p in full.iterdir()] == ["mine"]
-    assert run("--model", folders / "llama", "--out", out, *small)[0] == 0
+SMALL = ("--per-pair", 1, "--aligned", 0, "--benign", 0, "--cascades", 0, "--limit", 2)
+
+
+@pytest.mark.parametrize("model,out,more,said", [
+    ("llama", "full", (), "not empty"), ("llama", "full/mine", (), "not empty"),
+    ("nowhere", "out", (), "does not exist"), ("bare", "out", (), "no chat template"),
+    ("orphan", "out", (), "which model it belongs on"),
+    ("gpt2", "out", ("--limit", 500), "reads no more than 512"),
+    ("llama", "out", ("--per-pair", 0), "per_pair=0"),
+    ("llama", "out", ("--cascades", -1), "cascades=-1")])
+def test_what_the_command_refuses(folders, tmp_path, capsys, model, out, more, said):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine").write_text("x")
+    argv = ["--model", folders / model, "--out", tmp_path / out, *SMALL, *more]
+    code, err = main(["hierarchy-eval", *map(str, argv)]), capsys.readouterr().err
+    assert code == 2 and said in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists() and [p.name for p in full.iterdir()] == ["mine"]
+
+
+def test_the_smallest_judgement_has_its_pairs(folders, tmp_path):
+    out = tmp_path / "out"
+    argv = ["--model", folders / "llama", "--out", out, *SMALL]
+    assert main(["hierarchy-eval", *map(str, argv)]) == 0
     found = json.loads((out / "hierarchy.json").read_text())["shares"]
     assert set(found) == {"macro PPA", "WHS"} | {f"PPA {i} over {j}" for i, j in PAIRS}
 
 
 def test_two_turns_for_five_levels():
     plain, levels = tiny_tokenizer(), {0: "a <|im_end|>", 2: "c", 3: "<s>d", 4: "e"}
-    assert turns_of(levels, plain) == [dict(role="system", content="a \nc"), dict(role="user", content="d\ne")]
-    assert turns_of(levels, plain, upside_down=True) == [dict(role="system", content="c\na "), dict(role="user", content="e\nd")]
+    def turns(system, user):
+        return [dict(role="system", content=system), dict(role="user", content=user)]
+    assert turns_of(levels, plain) == turns("a \nc", "d\ne")
+    assert turns_of(levels, plain, upside_down=True) == turns("c\na ", "e\nd")
     assert turns_of({3: "d"}, plain) == [dict(role="user", content="d")]
 
 
 # ------------------------------------------------------------ intervals
 
-@pytest.mark.parametrize("weight", [lambda i, j: 1, lambda i, j: j - i], ids=["macro", "whs"])
-def test_a_pooled_interval_stays_a_share_and_has_width(weight):
+@pytest.mark.parametrize("wins,n", [(0, 1), (0, 48), (3, 16), (13, 48), (16, 16), (500, 1000)])
+def test_the_interval_of_a_share_is_scipys(wins, n):
+    "Up to the rounding of the normal quantile to 1.96."
+    theirs = binomtest(wins, n).proportion_ci(.95, "wilson")
+    assert share_interval(wins, n) == pytest.approx((theirs.low, theirs.high), abs=1e-5)
+
+
+@pytest.mark.parametrize("wins,n", [(-1, 4), (5, 4), (0, 0)])
+def test_what_is_no_share_is_refused(wins, n):
+    with pytest.raises(Refusal, match="no share"): share_interval(wins, n)
+
+
+@pytest.mark.parametrize("weight,value", [(lambda i, j: 1, macro_mean), (lambda i, j: j - i, whs)],
+                         ids=["macro", "whs"])
+def test_a_pooled_interval_stays_a_share_and_has_width(weight, value):
     rng = random.Random(0)
     for n in (1, 6, 40):
-        for wins in ([0] * 10, [n] * 10, *([rng.randint(0, n) for _ in PAIRS] for _ in range(50))):
-            found = pooled({p: share_of(torch.tensor([1.] * k + [0.] * (n - k))) for p, k in zip(PAIRS, wins)}, weight)
-            assert 0 <= found.low <= found.value <= found.high <= 1 and found.low < found.high and found.n == 10 * n
-            assert found.value == pytest.approx((macro if weight(0, 4) == 1 else whs)({p: k / n for p, k in zip(PAIRS, wins)}))
+        drawn = [[rng.randint(0, n) for _ in PAIRS] for _ in range(50)]
+        for wins in ([0] * 10, [n] * 10, *drawn):
+            shares = {p: share_of(torch.tensor([1.] * k + [0.] * (n - k)))
+                      for p, k in zip(PAIRS, wins)}
+            found = pooled_share(shares, weight)
+            assert 0 <= found.low <= found.value <= found.high <= 1
+            assert found.low < found.high and found.n == 10 * n
+            plain = value({p: k / n for p, k in zip(PAIRS, wins)})
+            assert found.value == pytest.approx(plain)
 
 
 def test_pooling_one_pair_is_its_own_interval():
     one = share_of(torch.tensor([1., 0., 0.]))
-    assert pooled({(0, 4): one}, lambda i, j: j - i) == pytest.approx(one) and one[1:3] == pytest.approx(share_interval(1, 3))
+    assert pooled_share({(0, 4): one}, lambda i, j: j - i) == pytest.approx(one)
+    assert one[1:3] == pytest.approx(share_interval(1, 3))
 
 
 # ------------------------------------------------------------ the recorded comparison
@@ -516,26 +642,33 @@ def bench(monkeypatch, tmp_path):
 def pretended(shift):
     "Values of a cell, as if measured."
     pairs = {f"{i}{j}": .5 + shift for i, j in PAIRS}
-    values = dict.fromkeys(("macro", "whs", "cascades", "upside_down", "refused", "undone", "aligned_refused", "aligned_undone", "benign_refused", "benign_undone"), .5 + shift)
-    return values | dict(pairs_won=pairs, families_won={"case": .5}, examples=[dict(kind="conflict", pair=[0, 1], chosen="A.", reply="B.")])
+    names = ("macro", "whs", "cascades", "upside_down", "refused", "undone", "aligned_refused",
+             "aligned_undone", "benign_refused", "benign_undone")
+    example = dict(kind="conflict", pair=[0, 1], chosen="A.", reply="B.")
+    return dict.fromkeys(names, .5 + shift) | dict(pairs_won=pairs, families_won={"case": .5},
+                                                   examples=[example])
 
 
 def test_a_record_waits_for_every_cell_and_judges_by_the_interval(bench, monkeypatch):
     todo, kept = bench.configs([0, 1, 2]), {}
     assert len({bench.cell_path(c) for c in todo}) == len(todo) == 27
-    monkeypatch.setattr(bench, "save_result", lambda name, values, **more: kept.update(values=values, **more))
+    def keep(name, values, **more): kept.update(values=values, **more)
+    monkeypatch.setattr(bench, "save_result", keep)
     monkeypatch.setattr(bench, "save_claims", lambda page, rows: kept.update(rows=rows))
-    for c in todo[:-1]:
-        shift = .2 * (c["arm"] == "bilateral") + .01 * c["seed"]
-        bench.cell_path(c).write_text(json.dumps(dict(config=c, values=pretended(shift), seconds=1.)))
+    def write(c, shift):
+        cell = dict(config=c, values=pretended(shift), seconds=1.)
+        bench.cell_path(c).write_text(json.dumps(cell))
+    for c in todo[:-1]: write(c, .2 * (c["arm"] == "bilateral") + .01 * c["seed"])
     with pytest.raises(Refusal, match="1 cells are missing"): bench.record(todo)
-    bench.cell_path(todo[-1]).write_text(json.dumps(dict(config=todo[-1], values=pretended(.02), seconds=1.)))
+    write(todo[-1], .02)
     bench.record(todo)
     assert claim_problems(kept["rows"]) == [] and kept["seconds"] == 27
     verdicts = {r["claim"].split(" (")[0]: r["verdict"] for r in kept["rows"]}
     assert verdicts["bilateral has a higher macro PPA than DPO"] == "held"
-    assert verdicts["calibration rows lower over-refusal, phrase list"] == "did not hold"       # bilateral refuses more than without calibration here
-    assert verdicts["DPO raises macro PPA over supervised training"] == "too small to tell"     # equal cells: the interval is 0 to 0
+    # here bilateral refuses more than without calibration
+    assert verdicts["calibration rows lower over-refusal, phrase list"] == "did not hold"
+    # equal cells: the interval is 0 to 0
+    assert verdicts["DPO raises macro PPA over supervised training"] == "too small to tell"
 
 
 def test_an_arm_waits_for_its_supervised_model(bench):
