@@ -18,14 +18,15 @@ import torch
 from cells import (above, by_seed, claim_row, gathered, key, options, run_or_record, seconds_of,
                    seeds_of, work)
 
-from dpo_literate.gw_dpo import (HierarchyTrainer, add_delimiters, add_segments, hierarchy_policy,
-                                 hierarchy_rows, load_hierarchy, save_hierarchy, train_hierarchy)
+from dpo_literate.gw_dpo import (add_delimiters, add_segments, hierarchy_policy,
+                                 hierarchy_rows, keep_marks, load_hierarchy, save_hierarchy,
+                                 train_hierarchy)
 from dpo_literate.hierarchy import PAIRS, agreed, conflict, make_items
 from dpo_literate.hierarchy_eval import judge_replies, macro_mean, ppa, replies_to, whs
 from dpo_literate.models import load_model, load_tokenizer
 from dpo_literate.results import Refusal, repo_dir, save_claims, save_result
 from dpo_literate.rows import Row
-from dpo_literate.trainer import DPOConfig
+from dpo_literate.trainer import DPOConfig, DPOTrainer
 
 CELLS = repo_dir() / "runs" / "hierarchy"
 LORA = dict(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -78,7 +79,7 @@ def new_lora():
 
 def quiet_trainer(*args, **more):
     from transformers import PrinterCallback
-    trainer = HierarchyTrainer(*args, **more)
+    trainer = keep_marks(DPOTrainer(*args, **more))
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -349,7 +349,8 @@ def fit(at, args, loss, beta, seed):
     """A fresh adapter trained with one loss; runs of a seed share folder, adapter and pairs, so
     the reference is read for the first of them only."""
     import peft
-    from dpo_literate.trainer import DPOTrainer, epoch_order
+    from dpo_literate.step import epoch_order
+    from dpo_literate.trainer import DPOTrainer
     from transformers import PrinterCallback
     rows = [at.rows[i] for i in epoch_order(len(at.rows), seed, 0)[:args.steps * args.batch]]
     lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear",
@@ -358,9 +359,9 @@ def fit(at, args, loss, beta, seed):
                          train_dataset=rows, eval_dataset=at.held,
                          processing_class=at.run.tokenizer, peft_config=lora)
     trainer.remove_callback(PrinterCallback)
-    trainer.layout = at.layout  # asked once: every run has the same model and kind of rows
-    trainer.train()
-    at.layout = trainer.layout
+    if at.layout: trainer.layout_check = lambda model, rows: at.layout.why_padded # asked once:
+    trainer.train()                              # every run has the same model and kind of rows
+    at.layout = trainer.step.layout
     return trainer
 
 

@@ -740,10 +740,10 @@ COMMANDS = {
                      functools.partial(later, "probes.report.main_probe"),
                      ("cli.ProbeOptions",), None, dict(data="pairs")),
     "hierarchy-eval": Command("whom a model obeys when the authors of a prompt disagree",
-                              functools.partial(later, "hierarchy.main_hierarchy"),
+                              functools.partial(later, "hierarchy_eval.main_hierarchy"),
                               ("cli.HierarchyOptions",), None, ASKS),
     "attack": Command("how often a model obeys what a stranger wrote into its data",
-                      functools.partial(later, "secalign.main_attack"),
+                      functools.partial(later, "attacks.main_attack"),
                       ("cli.AttackOptions",), None, dict(max_new_tokens="limit"))}
 
 # %% ../nbs/52_command_line.ipynb #12fadc3d

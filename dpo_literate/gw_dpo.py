@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'gravity', 'add_delimiters', 'messages_of', 'offsets_of', 'hierarchy_rows', 'has_level_tokens',
            'turns_of', 'level_prompt', 'SegmentEmbedding', 'segments_of', 'add_segments', 'hierarchy_policy',
-           'save_hierarchy', 'load_hierarchy', 'HierarchyTrainer', 'KeepBest', 'train_hierarchy']
+           'save_hierarchy', 'load_hierarchy', 'MarkState', 'keep_marks', 'KeepBest', 'train_hierarchy']
 
 # %% ../nbs/21a_gw_dpo.ipynb #d15c0a04
 import math
@@ -300,23 +300,22 @@ def load_hierarchy(
     return (policy.merge_and_unload() if merge else policy), tokenizer
 
 # %% ../nbs/21a_gw_dpo.ipynb #b88f5e75
-class HierarchyTrainer(DPOTrainer):
-    "DPO whose checkpoints hold rows of marks and segments as well."
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if self.args.weight_decay and hasattr(self.model, "peft_config"):
-            raise Refusal("weight_decay moves every row of the embedding, "
-                          "not only those of the marks: set it to 0")
+class MarkState:
+    "A part of a run: the rows of marks and segments, which no adapter's file holds."
+    def __init__(self, model, tokenizer): self.model, self.tokenizer = model, tokenizer
+    def state_dict(self)->dict: return hierarchy_state(self.model, self.tokenizer)
+    def load_state_dict(self, state:dict)->None:
+        load_hierarchy_state(self.model, self.tokenizer, state)
 
-    def extra_state(self)->dict: # name -> tensor
-        state = hierarchy_state(self.model, self.processing_class)
-        return super().extra_state() | {f"hierarchy/{k}": v for k, v in state.items()}
-
-    def load_extra_state(self, tensors:dict)->None:
-        mine = {k: v for k, v in tensors.items() if k.startswith("hierarchy/")}
-        super().load_extra_state({k: v for k, v in tensors.items() if k not in mine})
-        mine = {k.removeprefix("hierarchy/"): v for k, v in mine.items()}
-        load_hierarchy_state(self.model, self.processing_class, mine)
+def keep_marks(
+    trainer:DPOTrainer, # of a model with marks
+)->DPOTrainer:          # the same
+    "From now on its checkpoints hold rows of marks and segments as well."
+    if trainer.args.weight_decay and hasattr(trainer.model, "peft_config"):
+        raise Refusal("weight_decay moves every row of the embedding, "
+                      "not only those of the marks: set it to 0")
+    trainer.parts["marks"] = MarkState(trainer.model, trainer.processing_class)
+    return trainer
 
 # %% ../nbs/21a_gw_dpo.ipynb #5475fe4a
 class KeepBest(TrainerCallback):
@@ -361,9 +360,9 @@ def train_hierarchy(
     for n, gap in enumerate(gaps):
         some = [r for r, x in zip(rows, items) if in_stage(x, gap)]
         args = DPOConfig(str(Path(out) / f"stage-{n + 1}"), **settings)
-        trainer = HierarchyTrainer(policy, args=args, train_dataset=some,
-                                   eval_dataset=checks or None, processing_class=tokenizer,
-                                   callbacks=[KeepBest(tokenizer)])
+        trainer = keep_marks(DPOTrainer(policy, args=args, train_dataset=some,
+                                        eval_dataset=checks or None, processing_class=tokenizer,
+                                        callbacks=[KeepBest(tokenizer)]))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         logs.append(trainer.state.log_history)

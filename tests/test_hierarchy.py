@@ -16,10 +16,10 @@ from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from dpo_literate.cli import main
-from dpo_literate.gw_dpo import (DELIMITERS, PARTS, HierarchyTrainer, KeepBest, SegmentEmbedding,
+from dpo_literate.gw_dpo import (DELIMITERS, PARTS, KeepBest, SegmentEmbedding,
                                  add_delimiters, add_segments, delimiter_ids, gravity,
                                  has_level_tokens, hierarchy_policy, hierarchy_rows,
-                                 hierarchy_state, in_stage, load_hierarchy, load_hierarchy_state,
+                                 hierarchy_state, in_stage, keep_marks, load_hierarchy, load_hierarchy_state,
                                  messages_of, save_hierarchy, segments_of, token_tables, turns_of)
 from dpo_literate.hierarchy import (FAMILIES, FORBID, LOOKALIKES, NEEDLESS, OVERRIDES, PAIRS,
                                     PERSONAS, REQUESTS, WORDS, agreed, conflict, look_alike,
@@ -35,7 +35,7 @@ from dpo_literate.models import (load_model, load_tokenizer, no_dropout, tiny_co
 from dpo_literate.packing import pack_rows, packed_reply_logps
 from dpo_literate.results import Refusal, claim_problems
 from dpo_literate.rows import control_ids, encode_prompt, encode_text, tiny_tokenizer
-from dpo_literate.trainer import DPOConfig
+from dpo_literate.trainer import DPOConfig, DPOTrainer
 
 KINDS = ("llama", "qwen2", "qwen3", "gpt2", "gemma2")
 ITEMS = make_items(per_pair=1, benign=3, cascades=3)
@@ -61,10 +61,10 @@ def train(policy, tokenizer, out, rows=None, resume=None, evals=None, callbacks=
                     logging_steps=1, learning_rate=3e-3, max_length=None,
                     per_device_train_batch_size=4, lr_scheduler_type="constant",
                     max_steps=4) | more
-    trainer = HierarchyTrainer(policy, args=DPOConfig(str(out), **settings),
-                               train_dataset=rows or hierarchy_rows(ITEMS, tokenizer),
-                               eval_dataset=evals, processing_class=tokenizer,
-                               callbacks=callbacks)
+    trainer = keep_marks(DPOTrainer(policy, args=DPOConfig(str(out), **settings),
+                                    train_dataset=rows or hierarchy_rows(ITEMS, tokenizer),
+                                    eval_dataset=evals, processing_class=tokenizer,
+                                    callbacks=callbacks))
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -383,7 +383,7 @@ def test_a_frozen_reference_keeps_its_segments_in_full_training(tmp_path):
     before = segments_of(model).weight.detach().clone()
     policy = hierarchy_policy(model, tokenizer)
     trainer = train(policy, tokenizer, tmp_path, precompute_ref_log_probs=False)
-    assert torch.equal(segments_of(trainer.reference.model).weight, before)
+    assert torch.equal(segments_of(trainer.step.reference.model).weight, before)
     assert not torch.equal(segments_of(model).weight, before)
 
 
