@@ -19,7 +19,8 @@ from dpo_literate.cli import main
 from dpo_literate.gw_dpo import (DELIMITERS, PARTS, KeepBest, SegmentEmbedding,
                                  add_delimiters, add_segments, delimiter_ids, gravity,
                                  has_level_tokens, hierarchy_policy, hierarchy_rows,
-                                 hierarchy_state, in_stage, keep_marks, load_hierarchy, load_hierarchy_state,
+                                 hierarchy_state, in_stage, keep_marks, load_hierarchy,
+                                 load_hierarchy_state,
                                  messages_of, save_hierarchy, segments_of, token_tables, turns_of)
 from dpo_literate.hierarchy import (FAMILIES, FORBID, LOOKALIKES, NEEDLESS, OVERRIDES, PAIRS,
                                     PERSONAS, REQUESTS, WORDS, agreed, conflict, look_alike,
