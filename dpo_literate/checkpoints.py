@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (StateDictOptions,
     get_state_dict, set_model_state_dict, set_optimizer_state_dict)
 from .models import PICKLES
-from .results import (Refusal, folder_beside, fsync, versions,
-                                  write_atomic)
+from .results import Refusal, folder_beside, fsync, write_atomic
 
 log = logging.getLogger("dpo_literate.checkpoints")
 
