@@ -161,6 +161,7 @@ def check_policy(model, ref_model)->None:
                       "pass a copy, or None")
     check_adapter(model)
 
+# %% ../nbs/10b_inputs.ipynb #65ca2dff
 def check_adapter(model)->None:
     "Refuse an adapter on a layer that is read directly, or that merging would change."
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -176,9 +177,9 @@ def check_adapter(model)->None:
     inner = first.original_module if isinstance(first, ModulesToSaveWrapper) else first
     if isinstance(inner, BaseTunerLayer): inner = inner.get_base_layer()
     if inner is not first and inner.weight is getattr(head, "weight", None):
-        raise Refusal("the adapter sits on the embedding, whose weights are the output head's "
-                      "too (tie_word_embeddings): merged, it would change both; leave the "
-                      "embedding out of target_modules and modules_to_save")
+        raise Refusal("the adapter sits on the embedding, whose weights are the output "
+                      "head's too (tie_word_embeddings): merged, it would change both; leave "
+                      "the embedding out of target_modules and modules_to_save")
     if any(isinstance(m, BaseTunerLayer) and m.merged for m in model.modules()):
         raise Refusal("the adapter is merged: unmerge it, or save the merged model "
                       "and start from there")

@@ -141,5 +141,5 @@ def test_qlora_learns_on_a_frozen_base(tmp_path, precompute):
     t.train()
     moved = {n for n, p in t.model.named_parameters() if not torch.equal(before[n], p)}
     assert moved == {n for n, p in t.model.named_parameters() if p.requires_grad} and all("lora" in n for n in moved)
-    assert t.mode == ("cached" if precompute is None else "adapter") and t.layout == "packed"
+    assert t.mode == ("cached" if precompute is None else "adapter") and t.step.layout.kind == "packed"
     assert column(t, "loss")[0] == pytest.approx(math.log(2), abs=1e-6) and column(t, "loss")[-1] < .65
