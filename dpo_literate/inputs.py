@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNREAD', 'UNUSED', 'read_pairs', 'prepare_rows', 'fit_rows', 'check_columns', 'encode_sets', 'rows_of_a_step',
-           'make_policy', 'check_policy', 'check_ids', 'check_arguments']
+           'make_policy', 'check_policy', 'check_adapter', 'check_ids', 'check_arguments']
 
 # %% ../nbs/10b_inputs.ipynb #b1b00005
 import itertools
@@ -13,7 +13,8 @@ import torch
 from transformers import set_seed
 from .logps import unwrapped
 from .losses import get_loss
-from .models import load_model, load_tokenizer, shared_storage
+from .models import (keep_gradients, load_model, load_tokenizer,
+                                 shared_storage)
 from .packing import pack_rows
 from .preferences import load_any, load_preferences
 from .results import Refusal
@@ -130,14 +131,13 @@ def make_policy(
 ):                       # the model that learns
     "Load and wrap the policy."
     if isinstance(model, (str, Path)):
-        extra = dict(args.model_init_kwargs or {})
-        if not extra.get("trust_remote_code", True): extra.pop("trust_remote_code")
-        extra["dtype"] = str(extra.get("dtype") or "float32").removeprefix("torch.")
-        model = load_model(model, attn=extra.pop("attn_implementation", None),
-                           quantization_config=quantization_config, **extra)
+        options = dict(args.model_init_kwargs or {})
+        if quantization_config: options["quantization_config"] = quantization_config
+        model = load_model(model, **options)
     elif args.model_init_kwargs or quantization_config:
         raise Refusal("model_init_kwargs and quantization_config are for a model given by name; "
                       "this one is loaded already")
+    keep_gradients(model)
     if peft_config is None: return model
     if hasattr(model, "peft_config"):
         raise Refusal("the model has an adapter already: leave peft_config out to train it "
@@ -149,7 +149,6 @@ def make_policy(
 # %% ../nbs/10b_inputs.ipynb #65ca2dfd
 def check_policy(model, ref_model)->None:
     "Refuse a policy that could not learn, or whose reference would learn with it."
-    from peft.tuners.tuners_utils import BaseTunerLayer
     if isinstance(ref_model, (str, Path)):
         raise Refusal("ref_model is a name: load it with load_model and pass the model")
     if not any(p.requires_grad for p in model.parameters()):
@@ -160,9 +159,27 @@ def check_policy(model, ref_model)->None:
     if shared:
         raise Refusal(f"the reference shares its memory with the policy ({shared[0]}): "
                       "pass a copy, or None")
-    if isinstance(unwrapped(model).get_output_embeddings(), BaseTunerLayer):
+    check_adapter(model)
+
+# %% ../nbs/10b_inputs.ipynb #65ca2dff
+def check_adapter(model)->None:
+    "Refuse an adapter on a layer that is read directly, or that merging would change."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+    base = unwrapped(model)
+    head, first = base.get_output_embeddings(), base.get_input_embeddings()
+    if isinstance(head, BaseTunerLayer):
         raise Refusal("the adapter sits on the output head, which is read directly: "
                       "leave it out of target_modules")
+    if isinstance(head, TrainableTokensWrapper):
+        raise Refusal("trainable_token_indices reaches the output head, which is read "
+                      "directly: name embed_tokens alone, of a model whose head is its own")
+    inner = first.original_module if isinstance(first, ModulesToSaveWrapper) else first
+    if isinstance(inner, BaseTunerLayer): inner = inner.get_base_layer()
+    if inner is not first and inner.weight is getattr(head, "weight", None):
+        raise Refusal("the adapter sits on the embedding, whose weights are the output "
+                      "head's too (tie_word_embeddings): merged, it would change both; leave "
+                      "the embedding out of target_modules and modules_to_save")
     if any(isinstance(m, BaseTunerLayer) and m.merged for m in model.modules()):
         raise Refusal("the adapter is merged: unmerge it, or save the merged model "
                       "and start from there")

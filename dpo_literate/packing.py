@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOOR', 'TIMES', 'lay_out', 'sees', 'pair_length', 'bins', 'pack_rows', 'additive', 'attention_for',
-           'packed_reply_logps', 'alone', 'nudged', 'rms', 'packing_error', 'text_length', 'self_check']
+           'packed_reply_logps', 'unpacked_logps', 'nudged', 'rms', 'packing_error', 'self_check']
 
 # %% ../nbs/08_packing.ipynb #1e0930c4
 import contextlib
@@ -23,17 +23,19 @@ def lay_out(
     for j, r in enumerate(rows):
         P, start = len(r.prompt_ids), len(ids)
         ids += r.prompt_ids; pos += range(P); seg += [3*j + 1] * P
-        sides = (r.chosen_ids, r.chosen_weights), (r.rejected_ids, r.rejected_weights)
-        for side, (y, w) in enumerate(sides):
-            b, n, skip = len(ids), len(y), int(P == 0)   # nothing foretells a first token
+        skip = int(P == 0)                          # nothing foretells a first token
+        for side, (y, w) in enumerate(((r.chosen_ids, r.chosen_weights),
+                                       (r.rejected_ids, r.rejected_weights))):
+            b, n = len(ids), len(y)
             ids += y; pos += range(P, P + n); seg += [3*j + 2 + side] * n
             at += [start + P - 1, *range(b, b + n - 1)][skip:n]
             targets += y[skip:]; owner += [j + side * len(rows)] * (n - skip)
             weights += (w or [1.] * n)[skip:]
     weighted = any(r.chosen_weights or r.rejected_weights for r in rows)
+    weights = torch.tensor(weights) if weighted else None
     def long(x): return torch.tensor(x, dtype=torch.long)
-    return Batch(long(ids)[None], long(pos)[None], long(seg)[None], None, long(at), long(targets),
-                 long(owner), torch.tensor(weights) if weighted else None, len(rows), list(rows))
+    return Batch(long(ids)[None], long(pos)[None], long(seg)[None], None, long(at),
+                 long(targets), long(owner), weights, len(rows), list(rows))
 
 # %% ../nbs/08_packing.ipynb #3eb63bcb
 def sees(
@@ -41,8 +43,8 @@ def sees(
 )->Tensor:              # (R,1,T,T) bool: may q (row) look at k (column)?
     "Formula (8.1), as a mask."
     q, k = segment_ids[:, :, None], segment_ids[:, None, :]
-    same_pair = (q - 1).div(3, rounding_mode="floor") == (k - 1).div(3, rounding_mode="floor")
-    open_ = same_pair & ((k % 3 == 1) | (k == q))
+    pair = [(s - 1).div(3, rounding_mode="floor") for s in (q, k)]
+    open_ = (pair[0] == pair[1]) & ((k % 3 == 1) | (k == q))
     return open_.tril()[:, None]
 
 # %% ../nbs/08_packing.ipynb #323431c6
@@ -61,16 +63,17 @@ def bins(lengths:list, capacity:int)->list:
 
 # %% ../nbs/08_packing.ipynb #6d9893ef
 def pack_rows(
-    rows:list,                # pairs
-    capacity:int|None=None,   # most tokens in a row; None: 2048, or the longest pair
-)->list[Batch]:               # one batch a row
+    rows:list,              # pairs
+    capacity:int|None=None, # most tokens in a row; None: 2048, or the longest pair
+)->list[Batch]:             # one batch a row
     "Packed, prefix-shared rows; refuses a capacity that a pair does not fit in."
     lengths = [pair_length(r) for r in rows]
     longest = max(lengths, default=0)
     if capacity is not None and capacity < longest:
-        raise Refusal(f"capacity {capacity} is smaller than the longest pair ({longest} tokens): "
-                      f"raise it to {longest}, or shorten the pair")
-    return [lay_out([rows[i] for i in b]) for b in bins(lengths, capacity or max(2048, longest))]
+        raise Refusal(f"capacity {capacity} is smaller than the longest pair "
+                      f"({longest} tokens): raise it to {longest}, or shorten the pair")
+    capacity = capacity or max(2048, longest)
+    return [lay_out([rows[i] for i in b]) for b in bins(lengths, capacity)]
 
 # %% ../nbs/08_packing.ipynb #f0a3d8a7
 def additive(
@@ -78,7 +81,18 @@ def additive(
     dtype,        # of the attention scores
 )->Tensor:        # 0 where it may, the most negative number where not
     "A mask as eager attention adds it."
-    return torch.zeros_like(open_, dtype=dtype).masked_fill(~open_, torch.finfo(dtype).min)
+    shut = torch.finfo(dtype).min
+    return torch.zeros_like(open_, dtype=dtype).masked_fill(~open_, shut)
+
+def _block_mask(seg:Tensor): # segment_ids, (R,T)
+    "Formula (8.1) as FlexAttention takes it: a rule for one q and one k."
+    from torch.nn.attention.flex_attention import create_block_mask
+    def rule(b, h, q, k):
+        s, t = seg[b, q], seg[b, k]
+        same_pair = (s - 1) // 3 == (t - 1) // 3
+        return (k <= q) & same_pair & ((t % 3 == 1) | (s == t))
+    R, T = seg.shape
+    return create_block_mask(rule, R, None, T, T, device=seg.device)
 
 def attention_for(
     batch:Batch,            # packed pairs
@@ -88,15 +102,11 @@ def attention_for(
     "Formula (8.1) in the form an attention kernel takes."
     seg = batch.segment_ids
     if kind == "sdpa_pairs": return pair_spans(batch.rows)
-    if kind == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask
-        def rule(b, h, q, k):
-            s, t = seg[b, q], seg[b, k]
-            return (k <= q) & ((s - 1) // 3 == (t - 1) // 3) & ((t % 3 == 1) | (s == t))
-        return create_block_mask(rule, seg.shape[0], None, seg.shape[1], seg.shape[1], device=seg.device)
     if kind == "sdpa": return sees(seg)
-    if kind != "eager": raise Refusal(f"no packed mask for attention {kind!r}: load the model with sdpa, eager or flex_attention")
-    return additive(sees(seg), dtype)
+    if kind == "eager": return additive(sees(seg), dtype)
+    if kind == "flex_attention": return _block_mask(seg)
+    raise Refusal(f"no packed mask for attention {kind!r}: load the model with sdpa, "
+                  "eager or flex_attention")
 
 # %% ../nbs/08_packing.ipynb #556e2b27
 def packed_reply_logps(
@@ -108,10 +118,14 @@ def packed_reply_logps(
     if batch.attention_mask is not None: return reply_logps(model, batch, extras)
     base, _ = unwrapped(model), knows_pairs(model)
     kind = base.config.get_text_config()._attn_implementation or "eager"
-    return reply_logps(model, batch, extras, attention_mask=attention_for(batch, kind, base.dtype))
+    mask = attention_for(batch, kind, base.dtype)
+    return reply_logps(model, batch, extras, attention_mask=mask)
 
 # %% ../nbs/08_packing.ipynb #48f698ac
-def alone(model, batch:Batch)->Tensor: # (2B,)
+def unpacked_logps(
+    model,       # a causal language model, wrapped or not
+    batch:Batch, # pairs, in `rows`
+)->Tensor:       # (2B,), nat
     "Log-probabilities of a batch's replies, each pair in padded rows of its own."
     device = next(model.parameters()).device
     pairs = [reply_logps(model, pad_rows([r]).to(device)).sums for r in batch.rows]
@@ -120,19 +134,20 @@ def alone(model, batch:Batch)->Tensor: # (2B,)
 # %% ../nbs/08_packing.ipynb #d36ca3eb
 @contextlib.contextmanager
 def nudged(model):
-    "For the time of the block the embeddings are off by their last bit, up or down."
+    "Within the block the model's embeddings are off by their last bit, up or down."
     embeddings = unwrapped(model).get_input_embeddings()
     def off(_, __, out):
-        kind = out.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else out.dtype
-        coin = torch.randint(0, 2, out.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        kind, dtype, seed = out.device.type, out.dtype, torch.Generator().manual_seed(0)
+        if torch.is_autocast_enabled(kind): dtype = torch.get_autocast_dtype(kind)
+        coin = torch.randint(0, 2, out.shape, generator=seed) * 2 - 1
         return out * (1 + torch.finfo(dtype).eps * coin.to(out))
     handle = embeddings.register_forward_hook(off)
     try: yield
     finally: handle.remove()
 
 # %% ../nbs/08_packing.ipynb #3ed9fc6e
-FLOOR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2**-8, torch.bfloat16: 2**-7}
+FLOOR = {torch.float64: 1e-6, torch.float32: 1e-3,   # gaps nobody asks about
+         torch.float16: 2**-8, torch.bfloat16: 2**-7}
 TIMES = 4   # of the noise
 
 def rms(gap:Tensor, lengths:Tensor)->float: # nat per square root of a token
@@ -148,25 +163,27 @@ def packing_error(
     try:
         pack = lay_out(rows)
         out = packed_reply_logps(model, pack.to(next(model.parameters()).device))
-        plain = alone(model, pack)
+        plain = unpacked_logps(model, pack)
         error = rms(out.sums - plain, out.lengths)
         if error <= FLOOR[unwrapped(model).dtype]: return error, 0.
-        with nudged(model): return error, rms(alone(model, pack) - plain, out.lengths)
+        with nudged(model): noise = unpacked_logps(model, pack) - plain
+        return error, rms(noise, out.lengths)
     finally: model.train(was)
 
 # %% ../nbs/08_packing.ipynb #891a452d
-def text_length(row)->int: # tokens
-    "The longer of a pair's two texts."
+def _text_length(row)->int: # tokens of the longer of a pair's two texts
     return len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids))
 
 def self_check(
-    model, rows:list,         # pairs of the run
-)->str|None:                  # None: pack. A sentence: why not; use padded rows
-    "Does packing leave this model's log-probabilities alone?"
-    long = max(rows, key=text_length)
+    model,     # a causal language model, wrapped or not
+    rows:list, # pairs of the run
+)->str|None:   # None: pack. A sentence: why not; use padded rows
+    "Ask whether packing changes this model's log-probabilities."
+    long = max(rows, key=_text_length)
     others = [r for r in rows if r is not long][:2]
     try: error, noise = packing_error(model, others[:1] + [long] + others[1:])
-    except (Refusal, RuntimeError, TypeError, ValueError) as e: return f"padded rows: packing is refused ({e})"
+    except (Refusal, RuntimeError, TypeError, ValueError) as why:
+        return f"padded rows: packing is refused ({why})"
     if error <= max(TIMES * noise, FLOOR[unwrapped(model).dtype]): return None
-    return (f"padded rows: packing would move this model's log-probs by {error:.2g} nat per √token, "
-            f"one rounding of its embeddings by {noise:.2g}")
+    return (f"padded rows: packing would move this model's log-probs by {error:.2g} nat "
+            f"per √token, one rounding of its embeddings by {noise:.2g}")
