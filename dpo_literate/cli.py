@@ -17,7 +17,8 @@ def check_data(
     args:argparse.Namespace, # `file`, `split`, `model`, `control_text`
 )->int:                      # 0, or 2 where training would refuse the file
     "Count the rows of a file by class, with the place of each problem."
-    from dpo_literate.preferences import check_preferences, load_any
+    from dpo_literate.audit import check_preferences
+    from dpo_literate.reading import load_any
     pairs, tokenizer = load_any(args.file, args.split), None
     if args.model:
         from dpo_literate.models import load_tokenizer
@@ -154,7 +155,9 @@ def rows_of(
     tokenizer,
 )->tuple:                            # rows, and what became of the pairs
     "Pairs or labelled replies of a file, checked and encoded."
-    from dpo_literate.preferences import as_chat, check_preferences, load_any
+    from dpo_literate.audit import check_preferences
+    from dpo_literate.preferences import as_chat
+    from dpo_literate.reading import load_any
     from dpo_literate.rows import encode_pairs
     pairs = load_any(source)
     audit = check_preferences(pairs, tokenizer)

@@ -21,7 +21,8 @@ from torch import Tensor
 from .align import sample_batch
 from .hierarchy import reserved_tokens, share_interval, strip_reserved
 from .logps import unwrapped
-from .preferences import parse_json, read_lines
+from .preferences import parse_json
+from .reading import read_lines
 from .results import Refusal, new_folder, to_json, write_atomic
 from .rows import control_ids, encode_prompt, encode_text, render
 

@@ -5,7 +5,9 @@ import gzip, json, os, time, tracemalloc
 from pathlib import Path
 import pytest
 from dpo_literate import preferences
-from dpo_literate.preferences import MAX_LINE, check_preferences, extract_prompt, inert, leakage, load_preferences, load_unpaired
+from dpo_literate.audit import check_preferences, leakage
+from dpo_literate.preferences import extract_prompt, inert
+from dpo_literate.reading import MAX_LINE, load_preferences, load_unpaired
 from dpo_literate.results import Refusal, data_dir
 
 P = {"prompt": "q", "chosen": "good", "rejected": "bad"}
