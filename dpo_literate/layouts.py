@@ -262,10 +262,9 @@ def _from_talk(row, where):
 # %% ../nbs/05a_layouts.ipynb #6c02e8f5
 def _with_history(row, where):
     "Earlier turns in front of the prompt."
-    past = row.get("history", "")
-    if past == "" or "prompt" not in row: return row
-    if isinstance(past, str): return row           # text: of unknown form, so named
-    prompt = turns_of(row["prompt"], "prompt", where)
+    past, prompt = row.get("history", ""), turns_of(row.get("prompt"), "prompt", where)
+    known = past is None or isinstance(past, list)  # text is of unknown form, so named
+    if not known or not isinstance(prompt, (str, list)): return row
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     for k, turn in enumerate(past or []):
         if not isinstance(turn, list) or len(turn) != 2: raise Refusal(
@@ -320,7 +319,8 @@ def lay_out(
     row = _named(rename(row, columns, where) if columns else row, did)
     if "history" not in row and all(_clean(row.get(k)) for k in COLUMNS): return row
     _ranked(row, where)
-    row = _with_history(_from_talk(_from_input(_tools_within(row, where)), where), where)
+    row = _from_talk(_from_input(_tools_within(row, where)), where)
+    if "history" in row: row = _with_history(row, where)
     there = [k for k in (*COLUMNS, "completion") if k in row]
     return {**row, **{k: turns_of(row[k], k, where) for k in there}}
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'COLUMNS', 'SINGLE', 'OPTIONAL', 'GUESSES', 'HASHED', 'parse_json', 'without_nulls', 'extract_prompt',
-           'is_filled', 'canonical', 'is_single', 'texts_of', 'canonical_reply', 'row_hash', 'Preferences', 'as_chat',
-           'inert', 'text_of']
+           'is_filled', 'canonical', 'is_single', 'texts_of', 'text_of', 'canonical_reply', 'row_hash', 'Preferences',
+           'inert', 'as_chat']
 
 # %% ../nbs/05_preferences.ipynb #4191dd09
 import difflib, hashlib, json, math, os, re
@@ -132,6 +132,8 @@ def _split_turns(chosen, rejected, where):
         raise Refusal(f"{where}: chosen and rejected are identical")
     if k == 0: raise Refusal(f"{where}: chosen and rejected part at message 1: the "
                              "conversations share none, so there is no prompt")
+    if not chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
+        raise Refusal(f"{where}: chosen and rejected must end with an assistant turn")
     if not (_is_reply(chosen[k:]) and _is_reply(rejected[k:])):
         raise Refusal(f"{where}: chosen and rejected part at message {k + 1}, "
                       "before the last turn; they must share every turn "
@@ -236,7 +238,8 @@ def _option(name, value, where):
 def _options(row, where):
     "The optional columns that hold something."
     there = [(k, row[k]) for k in OPTIONAL if k in row]
-    return {k: _option(k, v, where) for k, v in there if is_filled(v)}
+    read = {k: _option(k, v, where) for k, v in there if is_filled(v)}
+    return {k: v for k, v in read.items() if is_filled(v)}   # it may have held nulls
 
 # %% ../nbs/05_preferences.ipynb #20ed0111
 _WRITER = json.JSONEncoder(ensure_ascii=False, default=str)
@@ -354,6 +357,11 @@ def is_single(
 def texts_of(row)->tuple: # names of its columns that hold text or messages
     return SINGLE[:2] if is_single(row) else COLUMNS
 
+def text_of(value)->str:
+    "The text of a field: itself, or the contents of its messages."
+    if isinstance(value, str): return value
+    return "\n".join(str(m.get("content", "")) for m in value)
+
 def _label(row, where):
     "True or false, as a boolean, 0 and 1, or in words."
     label = _LABELS.get(str(row["label"]).strip().lower())
@@ -441,6 +449,12 @@ class Preferences:
             if _sha(path) != sha: raise Refusal(
                 f"{path}: the file changed since it was read ({sha[:12]} before)")
 
+# %% ../nbs/05_preferences.ipynb #841be8a2
+def inert(text:str)->str:
+    "Control characters made visible, so that a log stays a log."
+    escape = lambda c: c.encode("unicode_escape", "surrogatepass").decode()
+    return "".join(c if c.isprintable() else escape(c) for c in str(text))
+
 # %% ../nbs/05_preferences.ipynb #7be2c4d8
 def _spoken(text):
     "The turns of a `Human: … Assistant:` transcript that ends with a question; else None."
@@ -462,14 +476,3 @@ def as_chat(
     text = (lambda t: t.strip()) if turns else (lambda t: t)
     replies = {k: _turn(text(row[k]), "assistant") for k in texts_of(row)[1:]}
     return {**row, "prompt": turns or _turn(row["prompt"], "user"), **replies}
-
-# %% ../nbs/05_preferences.ipynb #841be8a2
-def inert(text:str)->str:
-    "Control characters made visible, so that a log stays a log."
-    escape = lambda c: c.encode("unicode_escape", "surrogatepass").decode()
-    return "".join(c if c.isprintable() else escape(c) for c in str(text))
-
-def text_of(value)->str:
-    "The text of a field: itself, or the contents of its messages."
-    if isinstance(value, str): return value
-    return "\n".join(str(m.get("content", "")) for m in value)

@@ -83,7 +83,7 @@ def _json_lines(lines, path):
 def _value(text):
     "What a line holds, if it is JSON; one nested too deep is left to the real reader."
     try: return json.loads(text)
-    except RecursionError: return {}
+    except RecursionError: return ...
     except ValueError: return None
 
 def _peeked(lines):
@@ -99,6 +99,7 @@ def _peeked(lines):
 def _in_lines(told):
     "Is a file with these first lines one row a line, or a value over many lines?"
     first, value = told[0], _value(told[0])
+    if value is ...: return True
     if isinstance(value, dict): return len(told) == 2   # alone, it may be a box of rows
     if isinstance(value, list): return not all(isinstance(i, dict) for i in value)
     if first[0] == "[": return False
@@ -150,7 +151,8 @@ def _by_columns(value):
     split = {"columns", "data"} <= set(value)
     cells = lambda v: list(v.values()) if isinstance(v, dict) else v
     texts = lambda v: isinstance(v, list) and len(v) > 0 and isinstance(v[0], str)
-    return split or all(texts(cells(v)) for k, v in value.items() if k in COLUMNS) \
+    ours = [cells(v) for k, v in value.items() if k in COLUMNS]
+    return split or bool(ours) and all(map(texts, ours)) \
         and all(isinstance(v, (dict, list)) for v in value.values())
 
 # %% ../nbs/05b_reading.ipynb #e92c40b6
@@ -205,7 +207,8 @@ SIGNS = (",", "\t", ";", "|")  # between the cells of a row
 def _sign(head, own):
     "The sign that parts a header into most names we know, else into most cells."
     def score(sign):
-        cells = next(csv.reader([head], delimiter=sign, skipinitialspace=True), [])
+        try: cells = next(csv.reader([head], delimiter=sign, skipinitialspace=True), [])
+        except csv.Error: cells = []
         known = sum(c.strip().casefold() in {*KNOWN, *QUESTIONS} for c in cells)
         return known, len(cells), sign == own
     return max(SIGNS, key=score)
@@ -339,9 +342,10 @@ def _folder(path, split):
 def _dataset(data, split, name):
     "Rows of a `datasets` object; of a dict of them, one split."
     if isinstance(data, dict):
+        if _ROW & set(data): raise Refusal(f"{name}: one row, or columns; give a list of rows")
         split = choose_split(list(data), split, name)
         data, name = data[split], f"{name}[{split}]"
-    for i, row in enumerate(data): yield f"{name}:row {i + 1}", dict(row)
+    for i, row in enumerate(data): yield f"{name}:row {i + 1}", row
 
 def _in_memory(table):
     "Rows of a pandas or Arrow table, empty cells as nothing."
@@ -551,12 +555,12 @@ def take_off(
     full = [bool(f) and None not in f.values() for f in found]
     out = []
     for row, rest, both in zip(rows, found, full):
-        long = all(full) or _is_long(text_of(row["prompt"]))
-        one = not both and any(v is not None for v in rest.values())
-        if one and long: raise Refusal(
-            f"{row['_where']}: one reply begins with the prompt, the other does not; take "
-            "it off there, or say --repeats keep where a reply quotes its prompt")
-        taken = both and long and (len(rest) == 2 or all(full))
+        counts = all(full) or len(rest) == 2 and _is_long(row["prompt"])
+        if counts and not both and any(v and v.strip() for v in rest.values()):
+            raise Refusal(
+                f"{row['_where']}: one reply begins with the prompt, the other does not; "
+                "take it off there, or say --repeats keep where a reply quotes")
+        taken = both and counts
         did["prompt taken off"] += taken
         out.append({**row, **rest} if taken else row)
     return out
