@@ -24,8 +24,9 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from .checkpoints import checkpoints, fault_of, read_manifest
 from .logps import Head, head_answers, head_logits, unwrapped
 from .models import fast_bf16, load_model, load_tokenizer, weights_hash
-from .preferences import (as_chat, check_preferences, load_preferences, parse_json,
-                                      read_lines, text_of)
+from .audit import check_preferences
+from .preferences import as_chat, parse_json, text_of
+from .reading import load_preferences, read_lines
 from .results import (Refusal, bootstrap_interval, device_name, to_json, versions,
                                   write_atomic)
 from .rows import Row, control_ids, encode_pairs, encode_prompt

@@ -16,7 +16,7 @@ from .losses import get_loss
 from .models import (keep_gradients, load_model, load_tokenizer,
                                  shared_storage)
 from .packing import pack_rows
-from .preferences import load_any, load_preferences
+from .reading import load_any, load_preferences
 from .results import Refusal
 from .rows import Counts, Row, encode_pairs, split_pairs
 from .settings import DPOConfig, looks_at_single_replies

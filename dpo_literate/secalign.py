@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from .align import sample_batch
 from .hierarchy import reserved_tokens, strip_reserved
-from .preferences import parse_json, read_lines
+from .preferences import parse_json
+from .reading import read_lines
 from .results import Refusal
 from .rows import control_ids, encode_prompt, encode_text, render
 

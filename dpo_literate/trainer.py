@@ -23,7 +23,7 @@ from .models import (AdapterOff, CachedReference, FrozenReference, MovingReferen
 from .objective import TOKEN_EXTRAS, extras_of
 from .packing import self_check
 from .port import TransformersPort
-from .preferences import load_any
+from .reading import load_any
 from .reference_table import (ReferenceProbe, ReferenceTable, read_in_groups,
     reference_mode, strangers_in_groups)
 from .results import Refusal, versions, write_atomic

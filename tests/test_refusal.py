@@ -9,7 +9,8 @@ import torch
 
 from dpo_literate.logps import pad_rows, reply_logps
 from dpo_literate.models import tiny_model
-from dpo_literate.preferences import as_chat, check_preferences
+from dpo_literate.audit import check_preferences
+from dpo_literate.preferences import as_chat
 from dpo_literate.probes import displacement, refusal, tdi
 from dpo_literate.probes.base import Change, ProbeReport, change_between, change_of, interval_of, reading_of
 from dpo_literate.probes.refusal import (REFUSALS, VERDICTS, WILLING, agreement, ask_model, contrast_set, looks_unsafe, opens_with_no, refusal_lean,

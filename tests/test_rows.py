@@ -2,7 +2,7 @@
 import json, random, time
 from pathlib import Path
 import pytest
-from dpo_literate.preferences import load_preferences
+from dpo_literate.reading import load_preferences
 from dpo_literate.results import Refusal, data_dir
 from dpo_literate.rows import (TEMPLATES, VERDICTS, control_ids, encode_pair, encode_pairs, encode_prompt, encode_text, fit, length_weights,
                                plain_bos, render, segments, tiny_tokenizer)

@@ -7,7 +7,9 @@ import torch
 
 from dpo_literate.run_folder import tokenizer_hash
 from dpo_literate.models import weights_hash
-from dpo_literate.preferences import as_chat, check_preferences, leakage, load_any, load_preferences, load_unpaired
+from dpo_literate.audit import check_preferences, leakage
+from dpo_literate.preferences import as_chat
+from dpo_literate.reading import load_any, load_preferences, load_unpaired
 from dpo_literate.results import Refusal
 from dpo_literate.rows import encode_pair, encode_pairs, split_pairs, tiny_tokenizer
 from dpo_literate.objective import mismatched

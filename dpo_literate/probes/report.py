@@ -16,7 +16,9 @@ from transformers import AutoTokenizer
 from ..align import picture
 from ..models import (adapter_base, load_model, load_tokenizer, put_on,
                                  resolve_model, weights_hash)
-from ..preferences import as_chat, check_preferences, load_preferences
+from ..audit import check_preferences
+from ..preferences import as_chat
+from ..reading import load_preferences
 from .base import ProbeReport
 from ..results import (Refusal, device_name, new_folder, to_json, versions,
                                   write_atomic)
