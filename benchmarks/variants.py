@@ -167,9 +167,10 @@ def prepare(args):
 
 def answers(at, policy, args, seed):
     "One reply to each held-out prompt: its reward, its distance from the reference (nat), its length."
-    from dpo_literate.align import ask, kl_per_reply, sample, score
+    from dpo_literate.align import score
+    from dpo_literate.sampling import kl_per_reply, prompt_tokens, sample
     said = sample(policy, at.run.tokenizer, at.prompts, per_prompt=1, limit=args.limit, seed=seed)
-    asked, ids = [ask(p, at.run.tokenizer) for p in at.prompts], [r["ids"] for rs in said for r in rs]
+    asked, ids = [prompt_tokens(p, at.run.tokenizer) for p in at.prompts], [r["ids"] for rs in said for r in rs]
     kl = torch.cat([kl_per_reply(policy, at.ref, asked[k:k + 8], ids[k:k + 8], .7)[0] for k in range(0, len(ids), 8)])
     return dict(rewards=rounded([r for rs in score(at.run.reward, at.prompts, said) for r in rs]), kls=rounded(kl.double().tolist()), length=sum(map(len, ids)) / len(ids))
 

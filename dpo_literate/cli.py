@@ -332,7 +332,7 @@ def later(module:str, name:str, args:argparse.Namespace)->int:
     return getattr(importlib.import_module(f"dpo_literate.{module}"), name)(args)
 
 def add_ppo(p:argparse.ArgumentParser)->None:
-    "Arguments of `ppo`, page 12; the numbers are fields of `PPOConfig`."
+    "Arguments of `ppo`, page 12b; the numbers are fields of `PPOConfig`."
     p.add_argument("--model", default="bundled", help="where the policy starts (bundled)")
     p.add_argument("--prompts", required=True, help="a file of prompts, or of pairs")
     p.add_argument("--reward", default="vader", help="vader, or the folder of a reward model (vader)")
@@ -341,7 +341,7 @@ def add_ppo(p:argparse.ArgumentParser)->None:
     p.add_argument("--resume", action="store_true", help="go on from the state in --out")
     for name in ("steps", "batch_size", "minibatch_size", "epochs", "max_new_tokens", "seed"): p.add_argument(f"--{name.replace('_', '-')}", type=int)
     for name in ("lr", "value_lr", "kl_coef", "kl_target", "missing_end_penalty"): p.add_argument(f"--{name.replace('_', '-')}", type=float)
-    p.set_defaults(run=lambda args: later("ppo", "main_ppo", args))
+    p.set_defaults(run=lambda args: later("ppo_text", "main_ppo", args))
 
 # %% ../nbs/11a_cli.ipynb #91d2fb43
 def add_frontier(p:argparse.ArgumentParser)->None:

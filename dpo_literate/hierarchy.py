@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from transformers import AddedToken, AutoTokenizer, PrinterCallback, TrainerCallback
-from .align import sample_batch
+from .sampling import generate
 from .logps import unwrapped
 from .models import adapter_base, load_model, load_tokenizer, put_on, resolve_model
 from .results import Refusal, new_folder, to_json, write_atomic
@@ -720,7 +720,7 @@ def replies_to(
     batches = [order[k:k + batch] for k in range(0, len(order), batch)]
     for some in tqdm(batches, desc="answering ", unit="batch", disable=None, leave=False):
         u = torch.full((len(some), limit), .5)
-        for n, ids in zip(some, sample_batch(model, [prompts[n] for n in some], u, stop, 1e-3)):
+        for n, ids in zip(some, generate(model, [prompts[n] for n in some], u, stop, 0)):
             out[n] = tokenizer.decode(ids, skip_special_tokens=True).strip()
     model.train(was)
     return out

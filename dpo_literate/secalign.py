@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import Tensor
-from .align import sample_batch
+from .sampling import generate
 from .hierarchy import reserved_tokens, share_interval, strip_reserved
 from .logps import unwrapped
 from .preferences import parse_json, read_lines
@@ -224,12 +224,12 @@ def answers(
     limit:int=16,            # most tokens of a reply
     batch:int=24,            # replies drawn together
 )->list[str]:                # their texts, control tokens left out
-    "The greedy reply to every query: the limit T → 0 of (11.1)."
+    "The greedy reply to every query: the limit T → 0 of (10e.1)."
     order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
     found, stop = [""] * len(queries), control_ids(tokenizer)
     for at in range(0, len(order), batch):
         some = order[at:at + batch]
-        drawn = sample_batch(model, [queries[i] for i in some], torch.full((len(some), limit), .5), stop, 1e-6)
+        drawn = generate(model, [queries[i] for i in some], torch.zeros(len(some), limit), stop, 0)
         for i, ids in zip(some, drawn): found[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return found
 
