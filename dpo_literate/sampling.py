@@ -26,7 +26,7 @@ def draw(
     temperature:float=1., # T of (10e.1); 0 takes the likeliest token
 )->Tensor:                # a token a row, shape (B,)
     "Formula (10e.1): the first token whose cumulative probability exceeds u."
-    if logits.amax(-1).isnan().any():
+    if not logits.amax(-1).isfinite().all():
         raise Refusal("the model's probabilities are not finite: nothing can be drawn from it", 3)
     if temperature == 0: return logits.argmax(-1)
     few = zip(logits.split(16), u.to(logits.device).split(16))     # rows that fit a processor's cache

@@ -99,20 +99,20 @@ def test_sampling_follows_the_models_own_distribution(T):
     counts = torch.tensor(generate(model, [prompt] * n, u, {2}, T))[:, 0].bincount(minlength=320)
     z = model(torch.tensor([prompt])).logits[0, -1].detach()
     right = (z / T).softmax(-1)
-    wrong = [torch.full((320,), 1 / 320, dtype=torch.float64), right.flip(0), (z / (1.5 * T)).softmax(-1)]
+    wrong = [torch.full((320,), 1 / 320, dtype=torch.float64), right.flip(0), (z / (3 * T)).softmax(-1)]
     assert p_value(counts, right) > 1e-3 and max(p_value(counts, p) for p in wrong) < 1e-6
 
 
 def test_second_tokens_follow_the_model_too():
     "What was drawn first is what the second is drawn after, though a prompt is read once for all its replies."
-    model, prompt, n = tiny_model(), [5, 6, 7], 6000
+    model, prompt, n = tiny_model(), [5, 6, 7], 4000
     u = torch.rand(n, 2, generator=torch.Generator().manual_seed(1))
-    drawn = torch.tensor([y for y in generate(model, [prompt] * n, u, {2}, .3) if len(y) == 2])
+    drawn = torch.tensor([y for y in generate(model, [prompt] * n, u, {2}, .1) if len(y) == 2])
     first = drawn[:, 0].mode().values.item()
-    p = (model(torch.tensor([prompt + [first]])).logits[0, -1].detach() / .3).softmax(-1)
+    p = (model(torch.tensor([prompt + [first]])).logits[0, -1].detach() / .1).softmax(-1)
     counts = drawn[drawn[:, 0] == first, 1].bincount(minlength=320)
     assert counts.sum() > 300 and p_value(counts, p) > 1e-3
-    other = (model(torch.tensor([prompt])).logits[0, -1].detach() / .3).softmax(-1)
+    other = (model(torch.tensor([prompt])).logits[0, -1].detach() / .1).softmax(-1)
     assert p_value(counts, other) < 1e-9
 
 
@@ -124,7 +124,6 @@ def test_the_reference_test_sees_a_uniform_sampler():
 
 def test_nothing_is_drawn_from_a_broken_model():
     for bad, T in product(([0., math.nan], [math.inf, 0.], [-math.inf, -math.inf]), (1., 0)):
-        if T == 0 and bad[0] == math.inf: continue         # the likeliest token is known
         with pytest.raises(Refusal, match="not finite") as e: draw(torch.tensor([bad]), torch.tensor([.5]), T)
         assert e.value.code == 3
 
