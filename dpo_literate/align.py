@@ -29,7 +29,8 @@ from .runs import (Stages, claim, digest, frontier, only_one, plot_frontier,
                                plot_rewards, plot_training, progress, report_html, report_md,
                                report_rows, side_by_side)
 from .sampling import decoder, kl_per_reply, prompt_tokens, sample, sampling_dtype
-from .trainer import DPOConfig, DPOTrainer, data_hash
+from .settings import DPOConfig
+from .trainer import DPOTrainer, data_hash
 
 # %% ../nbs/11_align.ipynb #792baad2
 FORMS = ("Write one sentence about {}.", "In one sentence, how was {}?",
@@ -337,7 +338,7 @@ class AlignConfig:
     lora_r:int=16             # rank of the adapter
     per_prompt:int=4          # replies sampled to a prompt, at least 2
     limit:int=40              # most tokens of a reply
-    temperature:float=.7      # T of (10e.1), > 0
+    temperature:float=.7      # T of (9e.1), > 0
     points:int=4              # states of the adapter kept along the way
     seed:int=0                # of sampling, adapter, order of rows and bootstrap
 
@@ -528,7 +529,7 @@ def policy_at(
 def distance(
     run:Run, policy, ref, key:str, # two models, and what the policy is
     prompts:list, replies:list,    # one reply a prompt, drawn from the policy
-)->dict:                           # exact: (10e.2); drawn: log-ratio; nats, one a reply
+)->dict:                           # exact: (9e.2); drawn: log-ratio; nats, one a reply
     "Both distances of each reply, computed as the trainer computes."
     asked = [prompt_tokens(p, run.tokenizer) for p in prompts]
     ids, T, found = [r["ids"] for r in replies], run.config.temperature, dict(exact=[], drawn=[])

@@ -314,7 +314,7 @@ def add_train(p:argparse.ArgumentParser)->None:
 
 # %% ../nbs/11a_cli.ipynb #55f2dced
 def add_reward_train(p:argparse.ArgumentParser)->None:
-    "Arguments of `reward-train`, page 11c."
+    "Arguments of `reward-train`, page 12."
     p.add_argument("--model", default="bundled", help="where the reward model starts (bundled)")
     p.add_argument("--data", required=True, help="a file or folder of pairs")
     p.add_argument("--eval", help="pairs to measure on")

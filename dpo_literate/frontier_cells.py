@@ -29,7 +29,8 @@ from .rows import Row
 from .runs import Stages, digest, peak_memory
 from .sampling import (decoder, kl_per_reply, prompt_tokens, sample, sampling_dtype,
                                    user_turn)
-from .trainer import DPOConfig, DPOTrainer
+from .settings import DPOConfig
+from .trainer import DPOTrainer
 
 # %% ../nbs/13a_frontier_cells.ipynb #ef86587b
 def imitation(

@@ -26,7 +26,7 @@ from .results import Refusal, new_folder, provenance, to_json, write_atomic
 from .reward_model import load_reward_model, score_texts
 from .rows import encode_prompt
 from .sampling import decoder, generate, left_pad, sampling_dtype, user_turn
-from .trainer import epoch_order
+from .step import epoch_order
 
 # %% ../nbs/12b_ppo_text.ipynb #2c7df146
 @dataclass

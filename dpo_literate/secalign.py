@@ -224,7 +224,7 @@ def answers(
     limit:int=16,            # most tokens of a reply
     batch:int=24,            # replies drawn together
 )->list[str]:                # their texts, control tokens left out
-    "The greedy reply to every query: the limit T → 0 of (10e.1)."
+    "The greedy reply to every query: the limit T → 0 of (9e.1)."
     order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
     found, stop = [""] * len(queries), control_ids(tokenizer)
     for at in range(0, len(order), batch):

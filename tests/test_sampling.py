@@ -45,7 +45,8 @@ def alone(model, prompt, u, stop, T):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gemma2"])
 def test_a_reply_is_the_one_drawn_alone(kind):
     model, (prompts, u) = model_of(kind), asked(12)
-    together = generate(model, prompts, u, STOP, .8)
+    together = generate(S.decoder(model, model.dtype), prompts, u, STOP, .8)
+    assert together == generate(model, prompts, u, STOP, .8)
     with torch.no_grad(): plain = [alone(model, p, x, STOP, .8) for p, x in zip(prompts, u.double())]
     assert together == plain
     assert len({len(y) for y in together}) > 1 and all(len(y) == 24 or y[-1] in STOP for y in together)
@@ -96,7 +97,7 @@ def test_sampling_follows_the_models_own_distribution(T):
     "First tokens of 20,000 replies; uniform, reversed, and draws at another temperature fail the same test."
     model, prompt, n = tiny_model(), [5, 6, 7], 20_000
     u = torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
-    counts = torch.tensor(generate(model, [prompt] * n, u, {2}, T))[:, 0].bincount(minlength=320)
+    counts = torch.tensor(generate(S.decoder(model, model.dtype), [prompt] * n, u, {2}, T))[:, 0].bincount(minlength=320)
     z = model(torch.tensor([prompt])).logits[0, -1].detach()
     right = (z / T).softmax(-1)
     wrong = [torch.full((320,), 1 / 320, dtype=torch.float64), right.flip(0), (z / (3 * T)).softmax(-1)]
@@ -107,7 +108,7 @@ def test_second_tokens_follow_the_model_too():
     "What was drawn first is what the second is drawn after, though a prompt is read once for all its replies."
     model, prompt, n = tiny_model(), [5, 6, 7], 4000
     u = torch.rand(n, 2, generator=torch.Generator().manual_seed(1))
-    drawn = torch.tensor([y for y in generate(model, [prompt] * n, u, {2}, .1) if len(y) == 2])
+    drawn = torch.tensor([y for y in generate(S.decoder(model, model.dtype), [prompt] * n, u, {2}, .1) if len(y) == 2])
     first = drawn[:, 0].mode().values.item()
     p = (model(torch.tensor([prompt + [first]])).logits[0, -1].detach() / .1).softmax(-1)
     counts = drawn[drawn[:, 0] == first, 1].bincount(minlength=320)
@@ -178,7 +179,9 @@ def test_greedy_leaves_the_mode_of_the_model():
 
 @pytest.mark.parametrize("kind,fast", [("llama", True), ("qwen2", True), ("qwen3", True), ("gpt2", False), ("gemma2", False)])
 def test_who_is_read_by_the_fast_decoder(kind, fast):
-    assert isinstance(S.decoder(model_of(kind)), S.FastDecoder if fast else S.PlainDecoder)
+    model = model_of(kind)
+    assert isinstance(S.decoder(model, model.dtype), S.FastDecoder if fast else S.PlainDecoder)
+    assert isinstance(S.decoder(model), S.PlainDecoder)               # nobody asked for a copy
 
 
 def test_whoever_would_be_misread_is_called_as_it_is():
@@ -188,9 +191,10 @@ def test_whoever_would_be_misread_is_called_as_it_is():
     assert not S.is_plain(hooked) and not S.is_plain(windowed) and S.is_plain(tiny_model())
     odd = tiny_model()
     odd.model.layers[1].mlp.act_fn = torch.nn.GELU()                  # the configuration still says silu
-    assert S.is_plain(odd) and isinstance(S.decoder(odd), S.PlainDecoder)
+    assert S.is_plain(odd) and isinstance(S.decoder(odd, odd.dtype), S.PlainDecoder)
     empty = tiny_model()
-    with pytest.raises(Refusal, match="empty"): generate(empty, [[5], []], torch.rand(2, 3), {2})
+    for d in (empty, S.decoder(empty, empty.dtype)):
+        with pytest.raises(Refusal, match="empty"): generate(d, [[5], []], torch.rand(2, 3), {2})
 
 
 def adapted():
@@ -205,20 +209,20 @@ def test_an_adapter_is_read_as_it_stands():
     "On, off for a while, and merged: always the replies of the model that is called."
     policy, (prompts, u) = adapted(), asked(6)
     for model in (policy, policy.merge_and_unload()):
-        d = S.decoder(model)
+        d = S.decoder(model, torch.float64)
         assert isinstance(d, S.FastDecoder)
         on = generate(d, prompts, u, STOP)
         assert on == generate(S.PlainDecoder(model), prompts, u, STOP)
     policy = adapted()
     with policy.disable_adapter():
-        off = generate(policy, prompts, u, STOP)
+        off = generate(S.decoder(policy, policy.dtype), prompts, u, STOP)
     assert off == generate(tiny_model(), prompts, u, STOP) != on
 
 
 def test_a_decoder_is_a_copy():
     "A step of training does not move it; a new one sees the step."
     model, (prompts, u) = tiny_model(), asked(4)
-    d, before = S.decoder(model), generate(model, prompts, u, STOP)
+    d, before = S.decoder(model, "float64"), generate(model, prompts, u, STOP)
     with torch.no_grad(): model.model.layers[0].mlp.down_proj.weight.mul_(-1)
     assert generate(d, prompts, u, STOP) == before != generate(model, prompts, u, STOP)
 
@@ -226,7 +230,7 @@ def test_a_decoder_is_a_copy():
 def test_prompts_are_read_once_and_what_they_share_once_for_all():
     "Tokens that go through the first layer: the shared start, a rest a prompt, then a token a reply."
     model, seen = tiny_model(), []
-    d, real = S.decoder(model), S.attention_of
+    d, real = S.decoder(model, model.dtype), S.attention_of
     prompts = [[5, 6, 7, 8, k] for k in (10, 11, 12)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(S, "attention_of", lambda d, n, x, *rest: (seen.append(tuple(x.shape[:2])) if n == 0 else None, real(d, n, x, *rest))[1])
@@ -236,7 +240,7 @@ def test_prompts_are_read_once_and_what_they_share_once_for_all():
 
 def test_finished_replies_leave_the_batch():
     model, seen = tiny_model(), []
-    d, real = S.decoder(model), S.read
+    d, real = S.decoder(model, model.dtype), S.read
     prompts, u = asked(64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(S, "read", lambda d, c, ids, *rest: (seen.append(len(ids)), real(d, c, ids, *rest))[1])
