@@ -45,7 +45,7 @@ def halves(name, tokenizer):
     "All pairs of a data set in two halves that share no prompt."
     import torch
 
-    from dpo_literate.preferences import load_preferences
+    from dpo_literate.reading import load_preferences
     from dpo_literate.rows import encode_pairs
     if data_dir() is None: raise Refusal(f"no data: set DPO_LITERATE_DATA to the folder that holds {name}")
     pairs = [p for side in ("train", "test") for p in load_preferences(str(data_dir() / name), side)]

@@ -311,10 +311,12 @@ def prepare(args):
 
 def answers(at, policy, args, seed):
     "One reply to each held-out prompt: its reward, distance from the reference (nat), length."
-    from dpo_literate.align import ask, kl_per_reply, sample, score
+    from dpo_literate.align import score
+    from dpo_literate.sampling import kl_per_reply, prompt_tokens, sample
     tokenizer = at.run.tokenizer
     said = sample(policy, tokenizer, at.prompts, per_prompt=1, limit=args.limit, seed=seed)
-    asked, ids = [ask(p, tokenizer) for p in at.prompts], [r["ids"] for rs in said for r in rs]
+    asked = [prompt_tokens(p, tokenizer) for p in at.prompts]
+    ids = [r["ids"] for rs in said for r in rs]
     parts = [slice(k, k + 8) for k in range(0, len(ids), 8)]
     kl = torch.cat([kl_per_reply(policy, at.ref, asked[k], ids[k], .7)[0] for k in parts])
     rewards = [r for rs in score(at.run.reward, at.prompts, said) for r in rs]

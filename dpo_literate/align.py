@@ -4,72 +4,159 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'TRAIN_TOPICS', 'HELD_OUT_TOPICS', 'LEAST', 'SCHEDULE', 'TARGETS', 'ADAPTER', 'shipped_prompts', 'prompt_of',
-           'read_prompts', 'split_prompts', 'uniforms', 'draw', 'left_pad', 'sample_batch', 'ask', 'sample', 'vader',
-           'version_of_vader', 'load_reward', 'score', 'best_against_worst', 'before_head', 'step_kl', 'kl_per_reply',
+           'read_prompts', 'split_prompts', 'vader', 'version_of_vader', 'load_reward', 'score', 'best_against_worst',
            'distinct', 'variety', 'compare', 'AlignConfig', 'check_settings', 'Bar', 'trainer_settings',
-           'adapter_trainer', 'train_adapter', 'Run', 'begin', 'fast_dtype', 'pairs_of_file', 'replies_of', 'policy_at',
-           'distance', 'keep_adapters', 'trained', 'align', 'make_rows', 'ranked', 'hold_out', 'measure_state',
-           'mean_reward', 'training_line', 'headline', 'figures_of', 'picture', 'pictures_of', 'write_report',
-           'card_of']
+           'adapter_trainer', 'train_adapter', 'Run', 'begin', 'replies_of', 'policy_at', 'distance', 'keep_adapters',
+           'trained', 'align', 'make_rows', 'ranked', 'hold_out', 'measure_state', 'mean_reward', 'training_line',
+           'headline', 'figures_of', 'picture', 'pictures_of', 'write_report', 'card_of']
 
 # %% ../nbs/11_align.ipynb #881eb532
-import contextlib, gc, hashlib, importlib.metadata, inspect, io, json, math, os, shutil
-import statistics, sys
+import contextlib, functools, gc, hashlib, importlib, importlib.metadata, inspect, io, json, math
+import os, shutil, statistics, sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from .checkpoints import checkpoints, fault_of, read_manifest
-from .logps import Head, head_answers, head_logits, unwrapped
-from .models import fast_bf16, load_model, load_tokenizer, weights_hash
 from .audit import check_preferences
+from .models import load_model, load_tokenizer, weights_hash
 from .preferences import as_chat, parse_json, text_of
 from .reading import load_preferences, read_lines
 from .results import (Refusal, bootstrap_interval, device_name, to_json, versions,
                                   write_atomic)
-from .rows import Row, control_ids, encode_pairs, encode_prompt
+from .rows import Row, encode_pairs
 from .runs import (Stages, claim, digest, frontier, only_one, plot_frontier,
                                plot_rewards, plot_training, progress, report_html, report_md,
                                report_rows, side_by_side)
-from .trainer import DPOConfig, DPOTrainer, data_hash
+from .sampling import decoder, kl_per_reply, prompt_tokens, sample, sampling_dtype
+from .settings import DPOConfig
+from .trainer import DPOTrainer, data_hash
 
 # %% ../nbs/11_align.ipynb #792baad2
-FORMS = ("Write one sentence about {}.", "In one sentence, how was {}?", "Finish this review in one sentence: {} was",
-         "What would you tell a friend about {}, in one sentence?", "Give me your honest opinion of {} in one sentence.",
-         "Describe {} in one sentence.")
+FORMS = ("Write one sentence about {}.", "In one sentence, how was {}?",
+         "Finish this review in one sentence: {} was",
+         "What would you tell a friend about {}, in one sentence?",
+         "Give me your honest opinion of {} in one sentence.", "Describe {} in one sentence.")
 
 TRAIN_TOPICS = """
-food: the soup of the day; the new bakery on the corner; a reheated pizza; the school canteen; my first attempt at sushi; the coffee at the station; a salad without dressing; the street stall by the bridge; the tasting menu; grandmother's stew; a sandwich from the vending machine; the brunch place downtown; the pancakes we burned; a bowl of plain rice; the spicy noodles; the waiter who forgot our order; an overripe banana; the cheese from the market; the birthday cake; a cold cup of tea
-travel: the night bus to the coast; a delayed flight; the hotel room above the bar; our hike in the fog; the ferry crossing; a weekend in the mountains; the lost suitcase; the guided tour of the old town; a tent in the rain; the airport lounge; the road trip through the desert; the hostel kitchen; a window seat; the border queue; the campsite by the lake; a rental car with a dent; the city map in my pocket; the last train home; the beach in November; a day without a plan
-work: the Monday meeting; the new manager; my commute; the office printer; a deadline on Friday; the job interview; the open-plan office; a call with a customer; the spreadsheet I inherited; working from home; the farewell party of a colleague; an email sent too early; the night shift; the training course; the broken coffee machine; a raise that did not come; the first day in the team; the report nobody read; lunch at the desk; the project that was cancelled
-school: the maths exam; the group project; a long lecture; the library on a Sunday; my handwriting; the science fair; the substitute teacher; a class at eight in the morning; the history essay; the school play; a forgotten homework; the language course; the chemistry experiment; recess in the rain; the strict professor; an online seminar; the graduation speech; the spelling test; the bus to school; the last day of term
-home: the leaking tap; the new sofa; my neighbour's drum kit; a blocked drain; the balcony garden; the wallpaper in the hall; moving house; the old refrigerator; a power cut; the view from the kitchen; the squeaky door; an empty apartment; the shared laundry room; painting the bedroom; the heating bill; the attic we cleared; the lamp with three arms; a delivery at seven; the garden fence; the stairs without a lift
-weather: a rainy Monday; the first snow; fog on the river; a heat wave in June; wind that would not stop; the storm last night; an ordinary grey morning; frost on the windscreen; a sunset after rain; hail in April; the long dry summer; thunder at noon; a mild winter; drizzle at the bus stop; the flood in the cellar; a clear cold night; the sun through the blinds; a muddy path; the end of autumn; ice on the pavement
-health: the dentist's waiting room; my new running shoes; a sore throat; the physiotherapist; the morning swim; a sleepless night; the hospital corridor; a diet without sugar; the yoga class; the broken wrist; an eye test; the flu season; a long walk; the gym in January; the blood test; my bad back; the cycling commute; a day in bed; the nurse at the desk; the new glasses
-gadgets: my phone after one week; the cheap headphones; a keyboard with loud keys; the software update; the robot vacuum; the cracked screen; a battery that dies at noon; the electric toothbrush; the smart doorbell; an old laptop; the camera on the drone; the printer manual; a charger that fits nothing; the voice assistant; the second monitor; the e-book reader; a lost password; the fitness tracker; the game console; a remote control with forty buttons
-animals: the neighbour's cat; a dog at the door; the pigeons on the square; a visit to the zoo; the aquarium; a horse in the rain; the bees in the garden; my sister's hamster; a spider in the bath; the ducks on the pond; the fox behind the school; a snail on the path; the parrot in the shop; the veterinarian; an ant hill; the old donkey; a moth at the lamp; the seagull that took my lunch; the puppy course; a nest under the roof
-sport: the football match; a tennis lesson; the referee; losing in the final; the marathon; the swimming pool on Saturday; a chess tournament; the ski slope; the away game; an empty stadium; the rowing club; my first goal; the penalty shoot-out; the climbing wall; a flat tyre in the race; the coach's speech; table tennis in the cellar; the slow runner behind me; the season ticket; a draw without goals
-shopping: the queue at the checkout; a coat from the flea market; the online order; the shoe shop; the return counter; a torn bag; the bookshop by the park; the sale in January; a gift card; the supermarket at midnight; the furniture store; the wrong size; the jeweller; the second-hand bicycle; a shop without prices; the corner kiosk; the parcel that never came; the hardware store; a cheap umbrella; the farmers' market
-family: the family dinner; my brother's wedding; a letter from an aunt; the holiday photos; a visit to my parents; the twins' birthday; an argument about dishes; the grandfather clock; a cousin I had not met; the baby's first word; a long phone call; the inheritance; my uncle's jokes; the reunion by the lake; a borrowed sweater; the family car; the noisy nephews; a quiet Sunday; the recipe book; an old quarrel
+food: the soup of the day; the new bakery on the corner; a reheated pizza; the
+school canteen; my first attempt at sushi; the coffee at the station; a salad
+without dressing; the street stall by the bridge; the tasting menu; grandmother's
+stew; a sandwich from the vending machine; the brunch place downtown; the pancakes
+we burned; a bowl of plain rice; the spicy noodles; the waiter who forgot our order;
+an overripe banana; the cheese from the market; the birthday cake; a cold cup of tea
+
+travel: the night bus to the coast; a delayed flight; the hotel room above the bar;
+our hike in the fog; the ferry crossing; a weekend in the mountains; the lost
+suitcase; the guided tour of the old town; a tent in the rain; the airport lounge;
+the road trip through the desert; the hostel kitchen; a window seat; the border
+queue; the campsite by the lake; a rental car with a dent; the city map in my
+pocket; the last train home; the beach in November; a day without a plan
+
+work: the Monday meeting; the new manager; my commute; the office printer; a
+deadline on Friday; the job interview; the open-plan office; a call with a customer;
+the spreadsheet I inherited; working from home; the farewell party of a colleague;
+an email sent too early; the night shift; the training course; the broken coffee
+machine; a raise that did not come; the first day in the team; the report nobody
+read; lunch at the desk; the project that was cancelled
+
+school: the maths exam; the group project; a long lecture; the library on a Sunday;
+my handwriting; the science fair; the substitute teacher; a class at eight in the
+morning; the history essay; the school play; a forgotten homework; the language
+course; the chemistry experiment; recess in the rain; the strict professor; an
+online seminar; the graduation speech; the spelling test; the bus to school; the
+last day of term
+
+home: the leaking tap; the new sofa; my neighbour's drum kit; a blocked drain; the
+balcony garden; the wallpaper in the hall; moving house; the old refrigerator; a
+power cut; the view from the kitchen; the squeaky door; an empty apartment; the
+shared laundry room; painting the bedroom; the heating bill; the attic we cleared;
+the lamp with three arms; a delivery at seven; the garden fence; the stairs without
+a lift
+
+weather: a rainy Monday; the first snow; fog on the river; a heat wave in June; wind
+that would not stop; the storm last night; an ordinary grey morning; frost on the
+windscreen; a sunset after rain; hail in April; the long dry summer; thunder at
+noon; a mild winter; drizzle at the bus stop; the flood in the cellar; a clear cold
+night; the sun through the blinds; a muddy path; the end of autumn; ice on the
+pavement
+
+health: the dentist's waiting room; my new running shoes; a sore throat; the
+physiotherapist; the morning swim; a sleepless night; the hospital corridor; a diet
+without sugar; the yoga class; the broken wrist; an eye test; the flu season; a long
+walk; the gym in January; the blood test; my bad back; the cycling commute; a day in
+bed; the nurse at the desk; the new glasses
+
+gadgets: my phone after one week; the cheap headphones; a keyboard with loud keys;
+the software update; the robot vacuum; the cracked screen; a battery that dies at
+noon; the electric toothbrush; the smart doorbell; an old laptop; the camera on the
+drone; the printer manual; a charger that fits nothing; the voice assistant; the
+second monitor; the e-book reader; a lost password; the fitness tracker; the game
+console; a remote control with forty buttons
+
+animals: the neighbour's cat; a dog at the door; the pigeons on the square; a visit
+to the zoo; the aquarium; a horse in the rain; the bees in the garden; my sister's
+hamster; a spider in the bath; the ducks on the pond; the fox behind the school; a
+snail on the path; the parrot in the shop; the veterinarian; an ant hill; the old
+donkey; a moth at the lamp; the seagull that took my lunch; the puppy course; a nest
+under the roof
+
+sport: the football match; a tennis lesson; the referee; losing in the final; the
+marathon; the swimming pool on Saturday; a chess tournament; the ski slope; the away
+game; an empty stadium; the rowing club; my first goal; the penalty shoot-out; the
+climbing wall; a flat tyre in the race; the coach's speech; table tennis in the
+cellar; the slow runner behind me; the season ticket; a draw without goals
+
+shopping: the queue at the checkout; a coat from the flea market; the online order;
+the shoe shop; the return counter; a torn bag; the bookshop by the park; the sale in
+January; a gift card; the supermarket at midnight; the furniture store; the wrong
+size; the jeweller; the second-hand bicycle; a shop without prices; the corner
+kiosk; the parcel that never came; the hardware store; a cheap umbrella; the
+farmers' market
+
+family: the family dinner; my brother's wedding; a letter from an aunt; the holiday
+photos; a visit to my parents; the twins' birthday; an argument about dishes; the
+grandfather clock; a cousin I had not met; the baby's first word; a long phone call;
+the inheritance; my uncle's jokes; the reunion by the lake; a borrowed sweater; the
+family car; the noisy nephews; a quiet Sunday; the recipe book; an old quarrel
 """
 
 HELD_OUT_TOPICS = """
-film: the film last night; a sequel nobody asked for; the cinema seats; the documentary about rivers; the ending of the series; an actor who forgot the line; the three-hour drama; the cartoon from my childhood; the horror movie; a film without dialogue; the popcorn; the courtroom thriller; the trailer; a comedy on the plane; the director's cut; the film festival; the black-and-white classic; the musical; the special effects; the row in front of us
-music: the concert in the park; my neighbour's piano; the new album; a song stuck in my head; the choir rehearsal; the opening band; a violin lesson; the festival in the mud; the radio at work; the street musician; an out-of-tune guitar; the opera; the record player; the ringtone; the drum solo; a lullaby; the school orchestra; the karaoke evening; the jazz club; the sound check
-city: the underground at rush hour; the new bridge; a bench in the park; the construction site; the town hall clock; the night market; a street without trees; the museum of glass; the car park; the bus driver; the fountain; the one-way streets; a rooftop bar; the tram line; the public library; the noise outside my window; the river bank; the traffic light; the tourist office; the harbour at dawn
-books: the novel I could not finish; the poetry reading; a book with a torn cover; the detective story; the cookbook; the last chapter; an audiobook on the train; the biography of a sailor; the dictionary; the comic I found; the author's signature; a library fine; the travel guide; the long footnotes; the villain of the story; the bedtime story; a translated novel; the newspaper; the book club; the prologue
+film: the film last night; a sequel nobody asked for; the cinema seats; the
+documentary about rivers; the ending of the series; an actor who forgot the line;
+the three-hour drama; the cartoon from my childhood; the horror movie; a film
+without dialogue; the popcorn; the courtroom thriller; the trailer; a comedy on the
+plane; the director's cut; the film festival; the black-and-white classic; the
+musical; the special effects; the row in front of us
+
+music: the concert in the park; my neighbour's piano; the new album; a song stuck in
+my head; the choir rehearsal; the opening band; a violin lesson; the festival in the
+mud; the radio at work; the street musician; an out-of-tune guitar; the opera; the
+record player; the ringtone; the drum solo; a lullaby; the school orchestra; the
+karaoke evening; the jazz club; the sound check
+
+city: the underground at rush hour; the new bridge; a bench in the park; the
+construction site; the town hall clock; the night market; a street without trees;
+the museum of glass; the car park; the bus driver; the fountain; the one-way
+streets; a rooftop bar; the tram line; the public library; the noise outside my
+window; the river bank; the traffic light; the tourist office; the harbour at dawn
+
+books: the novel I could not finish; the poetry reading; a book with a torn cover;
+the detective story; the cookbook; the last chapter; an audiobook on the train; the
+biography of a sailor; the dictionary; the comic I found; the author's signature; a
+library fine; the travel guide; the long footnotes; the villain of the story; the
+bedtime story; a translated novel; the newspaper; the book club; the prologue
 """
 
 # %% ../nbs/11_align.ipynb #164ec2dd
 def shipped_prompts(
-    topics:str, # a line each: "topic: subject; subject; …"
+    topics:str, # a paragraph each: "topic: subject; subject; …"
 )->list[str]:   # a prompt for each subject
     "The prompts of this book: every subject in one of six forms."
     prompts = []
-    for line in topics.strip().splitlines():
-        topic, _, subjects = line.partition(": ")
+    for paragraph in topics.strip().split("\n\n"):
+        topic, _, subjects = " ".join(paragraph.split()).partition(": ")
         for k, subject in enumerate(subjects.split("; ")):
             prompts.append(FORMS[(k + len(topic)) % len(FORMS)].format(subject))
     return prompts
@@ -117,97 +204,6 @@ def split_prompts(
                       "at least 8 are needed, so that 2 can be held out")
     return train, held, dict(read=len(read), repeated=len(read) - len(once),
                              train=len(train), held_out=len(held))
-
-# %% ../nbs/11_align.ipynb #ddb29585
-def uniforms(
-    seed:int, prompt, k:int,     # of the run; text or messages; number of the reply
-    limit:int,                   # most tokens of a reply
-)->Tensor:                       # in [0, 1), shape (limit,)
-    "The random numbers of one reply, whatever batch it is drawn in."
-    digest = hashlib.sha256(f"{seed}|{k}|{prompt}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.rand(limit, generator=generator)
-
-# %% ../nbs/11_align.ipynb #73cfa112
-def draw(
-    logits:Tensor,        # scores of the next token, shape (B,V)
-    u:Tensor,             # one number in [0, 1) a row, shape (B,)
-    temperature:float=1., # T of (11.1), > 0
-)->Tensor:                # a token a row, shape (B,)
-    "Formula (11.1): the first token whose cumulative probability exceeds u."
-    stat = logits.double() if logits.dtype == torch.float64 else logits.float()
-    cumulative = (stat / temperature).softmax(-1).cumsum(-1)     # (B,V)
-    if not cumulative[:, -1].isfinite().all():
-        raise Refusal("the model's probabilities are not finite: nothing can be drawn from it", 3)
-    u = u.to(cumulative) * cumulative[:, -1]                     # rounding: the last need not be 1
-    token = torch.searchsorted(cumulative, u[:, None], right=True)[:, 0]
-    return token.clamp(max=logits.shape[-1] - 1)
-
-# %% ../nbs/11_align.ipynb #eaab1a98
-def left_pad(
-    texts:list[list[int]], # token ids
-    device="cpu",          # of the tensors
-)->tuple[Tensor,Tensor,Tensor]: # ids, mask (1 is text) and positions, each (B,T)
-    "Texts that end together."
-    if not all(texts):
-        raise Refusal("a prompt is empty: the first token of its reply has nothing to follow")
-    T = max(map(len, texts))
-    ids = torch.tensor([[0] * (T - len(t)) + t for t in texts], device=device)
-    mask = torch.tensor([[0] * (T - len(t)) + [1] * len(t) for t in texts], device=device)
-    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
-
-# %% ../nbs/11_align.ipynb #4831eb5c
-@torch.inference_mode()
-def sample_batch(
-    model,                   # a causal language model, in evaluation mode
-    prompts:list[list[int]], # token ids, one list a reply
-    u:Tensor,                # `uniforms` of each reply, shape (B,limit)
-    stop:set[int],           # tokens that end a reply
-    temperature:float=1.,    # T of (11.1)
-)->list[list[int]]:          # token ids of the replies, the ending token included
-    "One reply a prompt, all drawn together."
-    device = unwrapped(model).device
-    step, mask, position = left_pad(prompts, device)
-    replies, live, cache = [[] for _ in prompts], list(range(len(prompts))), None
-    ends = torch.tensor(sorted(stop), device=device)
-    for t in range(u.shape[1]):
-        out = model(input_ids=step, attention_mask=mask, position_ids=position,
-                    past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token, cache = draw(out.logits[:, -1], u[live, t], temperature), out.past_key_values
-        for r, i in zip(live, token.tolist()): replies[r].append(i)
-        going = (~torch.isin(token, ends)).nonzero()[:, 0]
-        if len(going) == 0: break
-        if len(going) < len(live): cache.batch_select_indices(going)
-        live, step = [live[i] for i in going.tolist()], token[going, None]
-        mask = torch.cat([mask[going], mask.new_ones(len(going), 1)], 1)
-        position = position[going, -1:] + 1
-    return replies
-
-# %% ../nbs/11_align.ipynb #b72a5411
-def ask(
-    prompt,     # text or messages
-    tokenizer,
-)->list[int]:   # ids, ready for a reply
-    "What the model reads: text is what a user says, where there is a chat template."
-    chat = isinstance(prompt, str) and tokenizer.chat_template
-    return encode_prompt([dict(role="user", content=prompt)] if chat else prompt, tokenizer)
-
-def sample(
-    model, tokenizer,      # the model in evaluation mode
-    prompts:list,          # text or messages
-    *, per_prompt:int=4,   # replies to each
-    limit:int=40,          # most tokens of a reply
-    temperature:float=.7,  # T of (11.1)
-    seed:int=0,            # of the run
-)->list[list[dict]]:       # for each prompt its replies: `ids` and `text`
-    "Several replies to every prompt."
-    each = [(p, k) for p in prompts for k in range(per_prompt)]
-    u = torch.stack([uniforms(seed, p, k, limit) for p, k in each])
-    ids = [ask(p, tokenizer) for p, _ in each]
-    drawn = sample_batch(model, ids, u, control_ids(tokenizer), temperature)
-    texts = [tokenizer.decode(y, skip_special_tokens=True).strip() for y in drawn]
-    replies = [dict(ids=y, text=text) for y, text in zip(drawn, texts)]
-    return [replies[i:i + per_prompt] for i in range(0, len(replies), per_prompt)]
 
 # %% ../nbs/11_align.ipynb #74cc9202
 def vader(
@@ -291,53 +287,6 @@ def best_against_worst(
                       "to a prompt the same number, so nothing can be preferred")
     return rows, len(replies) - len(rows)
 
-# %% ../nbs/11_align.ipynb #9603a767
-def before_head(
-    model,       # a causal language model, or a context that lends one
-    inputs:dict, # of its forward
-    at:Tensor,   # which of the last K tokens are wanted, bool, (B,K)
-)->list:         # hidden states that foretell them (N,H), and the head: weight, bias, `Head`
-    "What the head of a model is given for some of the last tokens."
-    found = []
-    def answer(hidden, weight, bias, softcap, scale):
-        h = hidden[:, -at.shape[1] - 1:-1][at]      # (N,H): position t foretells token t+1
-        found.extend((h, weight, bias, Head(h.dtype, len(h), softcap, scale, (), False)))
-        return hidden[:, :1, :1]                    # nobody reads it
-    lent = model if hasattr(model, "__enter__") else contextlib.nullcontext(model)
-    with lent as model, head_answers(model, answer): model(**inputs, use_cache=False)
-    return found
-
-def step_kl(
-    new:Tensor, old:Tensor, # log π and log π_ref of the next token, each (N,V)
-    tokens:Tensor,          # drawn from the first, (N,)
-)->tuple[Tensor,Tensor]:    # KL of each step and log-ratio of each token (nat), both (N,)
-    "One step of (11.2), and its cheap sibling."
-    p, ratio = new.exp(), new - old
-    kl = torch.where(p > 0, p * ratio, 0.).sum(-1)                # 0·log 0 = 0
-    return kl, ratio.gather(-1, tokens[:, None])[:, 0]
-
-# %% ../nbs/11_align.ipynb #9603a768
-@torch.no_grad()
-def kl_per_reply(
-    policy, ref,             # two models with one vocabulary; `ref` may be a context that lends it
-    prompts:list[list[int]], # token ids, one list a reply
-    replies:list[list[int]], # token ids, drawn from the policy
-    temperature:float=1.,    # T of (11.1), for both
-    chunk:int=256,           # tokens whose two distributions exist at once
-)->tuple[Tensor,Tensor]:     # (11.2) and log π(y) - log π_ref(y), in nats, both (B,)
-    "Distance of the policy from the reference, a number a reply."
-    texts, length = [p + y for p, y in zip(prompts, replies)], [len(y) for y in replies]
-    ids, mask, position = left_pad(texts, unwrapped(policy).device)
-    at = torch.arange(-max(length), 0) >= -torch.tensor(length)[:, None]   # (B,K)
-    inputs = dict(input_ids=ids, attention_mask=mask, position_ids=position)
-    states, found = [before_head(m, inputs, at) for m in (policy, ref)], []
-    for tokens in ids[:, -max(length):][at].split(chunk):
-        k = slice(chunk * len(found), chunk * len(found) + len(tokens))
-        logps = [(head_logits(h[k], *head) / temperature).log_softmax(-1) for h, *head in states]
-        found.append(step_kl(*logps, tokens))
-    sums = [[r.sum() for r in torch.cat(x).split(length)] for x in zip(*found)]
-    return tuple(map(torch.stack, sums))
-
 # %% ../nbs/11_align.ipynb #96c973c5
 def distinct(
     texts:list[str], # replies
@@ -390,7 +339,7 @@ class AlignConfig:
     lora_r:int=16             # rank of the adapter
     per_prompt:int=4          # replies sampled to a prompt, at least 2
     limit:int=40              # most tokens of a reply
-    temperature:float=.7      # T of (11.1), > 0
+    temperature:float=.7      # T of (9e.1), > 0
     points:int=4              # states of the adapter kept along the way
     seed:int=0                # of sampling, adapter, order of rows and bootstrap
 
@@ -490,7 +439,7 @@ class Run:
     config:AlignConfig
     tokenizer:object
     model_hash:str       # of the reference's weights
-    dtype:str            # in which replies are drawn and distances taken
+    dtype:str            # in which replies are drawn and training multiplies
     train:list           # prompts to train on
     held:list            # prompts to measure on
     counts:dict          # what was read, kept and refused
@@ -507,18 +456,19 @@ def begin(config:AlignConfig)->Run:
     reward = load_reward(config.reward)
     pairs = load_preferences(config.pairs) if config.pairs else None
     tokenizer, model = load_tokenizer(config.model), load_model(config.model)
-    run = Run(config, tokenizer, weights_hash(model), fast_dtype(model), train, held,
-              dict(prompts=counts), *reward)
+    run = Run(config, tokenizer, weights_hash(model), sampling_dtype(model.to(device())), train,
+              held, dict(prompts=counts), *reward)
     if pairs: run.pairs = pairs_of_file(run, pairs)
     return run
 
 # %% ../nbs/11_align.ipynb #c4db155e
-def fast_dtype(model)->str: # bfloat16 where the machine has it and the model is not in float64
-    "In which type replies are drawn."
-    if model.dtype == torch.float64: return "float64"
-    return "bfloat16" if fast_bf16() else "float32"
+def device()->str: # "cuda" where there is a card
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
-def pairs_of_file(run, pairs):
+def pairs_of_file(
+    run:Run,    # its counts are added to
+    pairs:list, # as loaded
+)->list[Row]:
     "Rows of a file of pairs; text becomes a chat where the model has a template."
     audit = check_preferences(pairs, run.tokenizer)
     audit.refuse()
@@ -540,46 +490,54 @@ def replies_of(
     per_prompt:int,        # replies to each
 )->list[list[dict]]:       # for each prompt its replies: `ids`, `text`, `reward`
     "Sampled and scored replies, from disk where they are there."
-    c, found = run.config, []
+    c, found, d = run.config, [], functools.cache(lambda: decoder(model, run.dtype))
     how = dict(per_prompt=per_prompt, limit=c.limit, temperature=c.temperature, seed=c.seed)
     same = dict(how, model=model_key, dtype=run.dtype, template=run.tokenizer.chat_template,
                 versions=versions())
-    for k in progress(range(0, len(prompts), 16), name, "batch"):
-        part = prompts[k:k + 16]
+    for k in progress(range(0, len(prompts), PIECE), name, "batch"):
+        part = prompts[k:k + PIECE]
         found += run.stages.do(name, dict(same, prompts=part),
-                               lambda: sample(model, run.tokenizer, part, **how), f"-{k // 16}")
-    texts = [[r["text"] for r in rs] for rs in found]
-    judged = dict(reward=c.reward, source=run.reward_key, prompts=prompts, texts=texts)
-    rewards = run.stages.do("rewards", judged,
-                            lambda: score(run.reward, prompts, found), f"-{name}")
+                               lambda: sample(d(), run.tokenizer, part, **how), f"-{k // PIECE}")
+    rewards = rewards_of(run, name, prompts, found)
     return [[dict(r, reward=v) for r, v in zip(rs, vs)] for rs, vs in zip(found, rewards)]
+
+# %% ../nbs/11_align.ipynb #11f00001
+PIECE = 64      # prompts whose replies are drawn together, and kept together
+
+def rewards_of(
+    run:Run, name:str,    # of the stage
+    prompts:list, replies:list[list[dict]],
+)->list[list[float]]:     # a number a reply
+    "Scores of a stage's replies, from disk where they are there."
+    texts = [[r["text"] for r in rs] for rs in replies]
+    judged = dict(reward=run.config.reward, source=run.reward_key, prompts=prompts, texts=texts)
+    return run.stages.do("rewards", judged, lambda: score(run.reward, prompts, replies), f"-{name}")
 
 # %% ../nbs/11_align.ipynb #cf0233f7
 def policy_at(
     run:Run,
     adapter:Path|None=None, # folder of an adapter; None: the reference
-):                          # a model to draw from
-    "The model with an adapter merged in, in the type replies are drawn in."
+):                          # in the trainer's type
+    "The model with an adapter merged in."
     gc.collect()            # trainer and models before it go round in circles
     model = load_model(run.config.model)
     if adapter is not None:
         from peft import PeftModel
         model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    where = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(where, dtype=getattr(torch, run.dtype)).eval()
+    return model.to(device()).eval()
 
 # %% ../nbs/11_align.ipynb #cf0233f8
 def distance(
     run:Run, policy, ref, key:str, # two models, and what the policy is
     prompts:list, replies:list,    # one reply a prompt, drawn from the policy
-)->dict:                           # exact: (11.2); drawn: log-ratio; nats, one a reply
-    "Both distances of each reply, eight at a time."
-    asked, ids = [ask(p, run.tokenizer) for p in prompts], [r["ids"] for r in replies]
-    T = run.config.temperature
+)->dict:                           # exact: (9e.2); drawn: log-ratio; nats, one a reply
+    "Both distances of each reply, computed as the trainer computes."
+    asked = [prompt_tokens(p, run.tokenizer) for p in prompts]
+    ids, T, found = [r["ids"] for r in replies], run.config.temperature, dict(exact=[], drawn=[])
     def make():
-        found = dict(exact=[], drawn=[])
-        for k in progress(range(0, len(ids), 8), "distance", "batch"):
-            both = kl_per_reply(policy, ref, asked[k:k + 8], ids[k:k + 8], T)
+        for k in progress(range(0, len(ids), 16), "distance", "batch"):
+            with torch.autocast(device(), torch.bfloat16, enabled=run.dtype == "bfloat16"):
+                both = kl_per_reply(policy, ref, asked[k:k + 16], ids[k:k + 16], T)
             for name, values in zip(found, both): found[name] += values.tolist()
         return found
     inputs = dict(model=key, ref=run.model_hash, prompts=asked, ids=ids, temperature=T,
@@ -659,7 +617,7 @@ def make_rows(
 def ranked(run:Run, prompts:list, replies:list)->tuple[list,int]: # rows, and how many were tied
     "Best against worst, among scored replies."
     rewards = [[r["reward"] for r in rs] for rs in replies]
-    return best_against_worst([ask(p, run.tokenizer) for p in prompts], replies, rewards)
+    return best_against_worst([prompt_tokens(p, run.tokenizer) for p in prompts], replies, rewards)
 
 # %% ../nbs/11_align.ipynb #33a3e473
 def hold_out(

@@ -164,7 +164,8 @@ def check_data(
     args:SimpleNamespace, # the fields of `CheckOptions`
 )->int:                   # 0, or 2 where training would refuse the file
     "Count the rows of a file by class, with the place of each problem."
-    from dpo_literate.preferences import check_preferences, load_any
+    from dpo_literate.audit import check_preferences
+    from dpo_literate.reading import load_any
     if not args.data: raise Refusal("which file? dpo-literate check-data FILE")
     if args.model: check_place(args.model)
     pairs = load_any(args.data, args.split, args.columns)
@@ -246,7 +247,8 @@ def read_both(
     args:SimpleNamespace, # as for `early_refusals`
 )->tuple:                 # pairs to train on; to measure on, or None; prompts that stand in both
     "The files of a run, checked; training and measuring on the same prompts is refused."
-    from dpo_literate.preferences import leakage, load_any
+    from dpo_literate.audit import leakage
+    from dpo_literate.reading import load_any
     pairs = load_any(args.data, args.split, args.columns)
     if not (args.eval_data or args.eval_split): return pairs, None, 0
     held = load_any(args.eval_data or args.data, args.eval_split, args.columns)
@@ -258,7 +260,7 @@ def read_both(
 
 def refuse_objections(pairs, args, tokenizer, one_class:bool=False)->None: # as for `objections`
     "Raise what `check-data` would print."
-    from dpo_literate.preferences import check_preferences
+    from dpo_literate.audit import check_preferences
     bad = objections(check_preferences(pairs, tokenizer), args, one_class)
     more = f" ({len(bad)} such places)" if len(bad) > 1 else ""
     if bad: raise Refusal(f"{bad[0][0]}: {bad[0][1]}{more}: take it out, see check-data")
@@ -603,7 +605,7 @@ def generate(
 
 def replies_to(model, tokenizer, prompts:list, args)->list[str]:
     "One reply a prompt."
-    from dpo_literate.align import sample
+    from dpo_literate.sampling import sample
     heat = args.temperature or 1e-6
     found = sample(model, tokenizer, prompts, per_prompt=1, limit=args.max_new_tokens,
                    temperature=heat, seed=args.seed)

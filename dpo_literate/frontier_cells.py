@@ -17,16 +17,20 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from transformers import PrinterCallback, set_seed
-from .align import ask, kl_per_reply, sample, score, split_prompts
+from .align import score, split_prompts
 from .frontier import NEEDS, best_of, best_of_n_bound, plot_methods, summary
 from .models import load_model, load_tokenizer, write_folder
-from .ppo import PPO, PPOConfig, load_state, reference_of, reward_function, train, user_turn
+from .ppo_text import (PPO, PPOConfig, load_state, reference_of, reward_function,
+                                   train)
 from .results import Refusal, provenance, to_json, write_atomic
 from .reward_model import (RewardConfig, RewardTrainer, accuracy, score_texts,
                                        standardise, with_score_head)
 from .rows import Row
 from .runs import Stages, digest, peak_memory
-from .trainer import DPOConfig, DPOTrainer
+from .sampling import (decoder, kl_per_reply, prompt_tokens, sample, sampling_dtype,
+                                   user_turn)
+from .settings import DPOConfig
+from .trainer import DPOTrainer
 
 # %% ../nbs/13a_frontier_cells.ipynb #ef86587b
 def imitation(
@@ -138,12 +142,10 @@ def write_replies(
     prompts:list[str], n:int, # n replies to each
     seed:int,             # of the sampling
 )->list[list[dict]]:      # for each prompt its replies
-    "Replies at temperature 1, sixteen prompts at a time."
-    tokenizer, found = load_tokenizer(job.config.model), []
-    for i in range(0, len(prompts), 16):
-        found += sample(model, tokenizer, prompts[i:i + 16], per_prompt=n, seed=seed,
-                        limit=job.config.max_new_tokens, temperature=1.)
-    return found
+    "Replies at temperature 1, drawn in the type this machine multiplies fastest."
+    writer = decoder(model, sampling_dtype(model))
+    return sample(writer, load_tokenizer(job.config.model), prompts, per_prompt=n, seed=seed,
+                  limit=job.config.max_new_tokens, temperature=1.)
 
 def scored(job:Job, model, prompts:list, n:int, seed:int)->dict: # replies, rewards, tokens sampled
     "Replies with their true rewards."
@@ -159,7 +161,7 @@ def shared_replies(job:Job)->dict: # what `scored` gives, and the pairs
     "The data set: replies of the reference, and their pairs."
     prompts, tokenizer = prompts_of(job)[0], load_tokenizer(job.config.model)
     found = scored(job, reference(job), prompts, job.config.per_prompt, job.seed)
-    ids = [ask(p, tokenizer) for p in prompts]
+    ids = [prompt_tokens(p, tokenizer) for p in prompts]
     pairs, tied = every_pair(ids, found["replies"], found["rewards"])
     return dict(found, tied=tied, pairs=pairs)
 
@@ -275,8 +277,8 @@ def measure(
     held, K = prompts_of(job)[1], job.config.eval_replies
     tokenizer = load_tokenizer(job.config.model)
     found = scored(job, policy, held, K, 20_000 + job.seed)
-    ids, replies = [ask(p, tokenizer) for p in held for _ in range(K)], sum(found["replies"], [])
-    kls = []
+    ids = [prompt_tokens(p, tokenizer) for p in held for _ in range(K)]
+    replies, kls = sum(found["replies"], []), []
     for i in range(0, len(ids), 16):
         drawn = [r["ids"] for r in replies[i:i + 16]]
         kls += kl_per_reply(policy, reference_of(policy), ids[i:i + 16], drawn)[0].tolist()

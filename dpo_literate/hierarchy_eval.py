@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
-from .align import sample_batch
+from .sampling import generate
 from .gw_dpo import add_segments, has_level_tokens, level_prompt, load_hierarchy
 from .hierarchy import PAIRS, Item, make_items, refuses, says_word
 from .logps import unwrapped
@@ -142,7 +142,7 @@ def replies_to(
     groups = [order[k:k + batch] for k in range(0, len(order), batch)]
     for at in tqdm(groups, desc="answering ", unit="batch", disable=None, leave=False):
         u = torch.full((len(at), limit), .5)
-        drawn = sample_batch(model, [prompts[n] for n in at], u, stop, 1e-3)
+        drawn = generate(model, [prompts[n] for n in at], u, stop, 1e-3)
         for n, ids in zip(at, drawn):
             out[n] = tokenizer.decode(ids, skip_special_tokens=True).strip()
     model.train(was)

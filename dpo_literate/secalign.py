@@ -12,7 +12,7 @@ __all__ = ['STRUQ_TOKENS', 'STRUQ_TEMPLATE', 'TURN_STYLES', 'REPLY_WORDS', 'TASK
 import random, re
 from pathlib import Path
 import torch
-from .align import sample_batch
+from .sampling import generate
 from .hierarchy import reserved_tokens, strip_reserved
 from .preferences import parse_json
 from .reading import read_lines
@@ -232,13 +232,13 @@ def greedy_answers(
     limit:int=16,            # most tokens of a reply
     batch:int=24,            # replies drawn together
 )->list[str]:                # their texts, control tokens left out
-    "The greedy reply to every query: the limit T → 0 of (11.1)."
+    "The greedy reply to every query: the limit T → 0 of (9e.1)."
     order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
     found, stop = [""] * len(queries), control_ids(tokenizer)
     for k in range(0, len(order), batch):
         at = order[k:k + batch]
         u = torch.full((len(at), limit), .5)
-        drawn = sample_batch(model, [queries[i] for i in at], u, stop, 1e-6)
+        drawn = generate(model, [queries[i] for i in at], u, stop, 1e-6)
         for i, ids in zip(at, drawn):
             found[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return found

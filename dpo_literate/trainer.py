@@ -28,6 +28,7 @@ from .reference_table import (ReferenceProbe, ReferenceTable, read_in_groups,
     reference_mode, strangers_in_groups)
 from .results import Refusal, versions, write_atomic
 from .run_folder import append_line, tokenizer_hash
+from .sampling import greedy
 from .settings import DPOConfig, objective_of, settings_of
 from dpo_literate.step import (EpochOrder, Layout, PreferenceStep, Scorer, choose_layout, filler,
     in_groups)
@@ -383,19 +384,12 @@ def sample_replies(
     rows:list,  # whose prompts are answered
     tokens:int, # most tokens of an answer
 )->list[dict]:  # prompt, reply
-    "Greedy answers, one prompt at a time: no padding, no randomness."
-    base, out = unwrapped(model), []
-    own = torch.as_tensor(getattr(base.generation_config, "eos_token_id", None) or [])
-    stop = sorted({tokenizer.eos_token_id, *own.flatten().tolist()} - {None})
-    greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True)
-    for row in rows:
-        ids = torch.tensor([row.prompt_ids or [tokenizer.eos_token_id]], device=base.device)
-        new = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy,
-                             max_new_tokens=tokens, eos_token_id=stop,
-                             pad_token_id=tokenizer.pad_token_id or 0)
-        reply = tokenizer.decode(new[0, ids.shape[1]:], skip_special_tokens=True)
-        out.append(dict(prompt=tokenizer.decode(row.prompt_ids), reply=reply))
-    return out
+    "Greedy answers: the likeliest token each time, no randomness."
+    own = getattr(unwrapped(model).generation_config, "eos_token_id", None)
+    stop = {tokenizer.eos_token_id, *torch.as_tensor(own or []).flatten().tolist()} - {None}
+    prompts = [row.prompt_ids or [tokenizer.eos_token_id] for row in rows]
+    said = greedy(model, tokenizer, prompts, tokens, stop)
+    return [dict(prompt=tokenizer.decode(row.prompt_ids), reply=y) for row, y in zip(rows, said)]
 
 # %% ../nbs/10d_trainer.ipynb #b6d84575
 def show_samples(trainer, rows:list, name:str)->None:

@@ -513,7 +513,7 @@ def test_a_control_token_in_a_reply(model, tmp_path):
     assert not (tmp_path / "out").exists()
     assert here("check-data", file, "--control-text", "text").returncode == 0
     args = cli.parse(["check-data", str(file), "--control-text", "text"])[1]
-    from dpo_literate.preferences import load_any
+    from dpo_literate.reading import load_any
     rows, _ = cli.encoded(load_any(str(file)), tiny_tokenizer(), args)
     control = control_ids(tiny_tokenizer())
     assert [sum(i in control for i in row.chosen_ids) for row in rows] == [1, 1]

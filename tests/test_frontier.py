@@ -6,7 +6,8 @@ from torch import nn
 from dpo_literate.frontier import best_of, best_of_n, best_of_n_bound, reward_at, shortfall, summary, wide_world
 from dpo_literate.frontier_cells import STRENGTHS, FrontierConfig, Job, main_frontier, plan, run_cell, run_jobs
 from dpo_literate.models import tiny_model, write_folder
-from dpo_literate.ppo import reference_of, world_dpo, world_ppo
+from dpo_literate.ppo import world_dpo, world_ppo
+from dpo_literate.ppo_text import reference_of
 from dpo_literate.results import Refusal, claim_problems, load_result
 from dpo_literate.reward import fit_scores
 from dpo_literate.reward_model import with_score_head

@@ -2,11 +2,13 @@
 import argparse, json, math
 from dataclasses import replace
 import pytest, torch
-from dpo_literate.align import kl_per_reply
+from dpo_literate.sampling import kl_per_reply
 from dpo_literate.models import tiny_model, weights_hash, write_folder
-from dpo_literate.ppo import (PPO, KLControl, PPOConfig, collect, drawn_pairs, gae, kl_estimates, load_state, main_ppo, masked_mean,
-                              policy_loss, prompt_numbers, read_replies, reward_function, roll_out, save_state, score_replies, step_stats, token_rewards,
-                              train, value_loss, whiten, world_dpo, world_ppo)
+from dpo_literate.ppo import (KLControl, drawn_pairs, gae, kl_estimates, masked_mean, policy_loss,
+                              step_stats, token_rewards, value_loss, whiten, world_dpo, world_ppo)
+from dpo_literate.ppo_text import (PPO, PPOConfig, collect, load_state, main_ppo, prompt_numbers,
+                                   read_replies, reward_function, roll_out, save_state,
+                                   score_replies, train)
 from dpo_literate.results import Refusal
 from dpo_literate.rows import encode_prompt, tiny_tokenizer
 from dpo_literate.logps import pad_rows, reply_logps
@@ -227,7 +229,7 @@ def test_an_adapter_is_its_own_reference():
 
 def test_first_step_gradient_is_reinforce():
     "λ = 1, V = 0, ratio 1, no whitening: each token pushed by the reward that came after it."
-    from dpo_literate.ppo import piece_loss
+    from dpo_literate.ppo_text import piece_loss
     run = make(config=replace(CONFIG, lam=1., whiten=False, vf_coef=0., kl_coef=.1))
     e = collect(run)
     loss, *_ = piece_loss(run, e, torch.arange(8))

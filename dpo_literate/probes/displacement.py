@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
-from ..align import ask, sample, split_prompts
+from ..align import split_prompts
+from ..sampling import prompt_tokens, sample
 from ..logps import pad_rows, reply_logps
 from ..losses import get_loss
 from ..plots import COLORS, finish, new_fig
@@ -249,7 +250,7 @@ def fresh_replies(
              for m in {reference, model}}
     def lengths(m): return [sum(map(len, ys)) / per_prompt for ys in drawn[m]]
     def new_share(prompt, ys):
-        ids = ask(prompt, tokenizer)
+        ids = prompt_tokens(prompt, tokenizer)
         return moved_share(logps_of(model, ids, ys) - logps_of(reference, ids, ys)).mean()
     old, new = (torch.tensor(lengths(m), dtype=torch.float64) for m in (reference, model))
     return old, new, torch.stack([new_share(*x) for x in zip(prompts, drawn[model])])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from ..align import sample
+from ..sampling import sample
 from ..models import read_reference
 from ..packing import pack_rows
 from ..plots import COLORS, finish, new_fig
