@@ -459,7 +459,7 @@ def measured(
 
 # %% ../nbs/52_command_line.ipynb #1231d690
 def share(value:float, n:int)->dict:
-    from dpo_literate.hierarchy import share_interval
+    from dpo_literate.hierarchy_eval import share_interval
     low, high = share_interval(value * n, n)
     return dict(accuracy=value, accuracy_low=low, accuracy_high=high)
 
