@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_literate.probes.calibration import (aurc, auroc, bin_of, calibration_figure, ece, ece_floor,
-                                             risk_coverage, selective_honesty)
+from dpo_literate.probes.calibration import (aurc, auroc, bin_of, calibration_figure, ece,
+                                             ece_floor, risk_coverage, selective_honesty)
 
 
 def f64(*x): return torch.tensor(x, dtype=torch.float64)
@@ -51,15 +51,16 @@ def test_ece_does_not_know_the_order_and_stays_in_its_range(answers, bins, adapt
     shuffled = answers[:]
     rng.shuffle(shuffled)
     def error(some):
-        return ece(f64(*(c / 20 for c, _ in some)), f64(*(float(o) for _, o in some)), bins, adaptive)
+        c, o = f64(*(c / 20 for c, _ in some)), f64(*(float(o) for _, o in some))
+        return ece(c, o, bins, adaptive)
     assert abs(error(answers) - error(shuffled)) < 1e-12 and -1e-12 <= error(answers) <= 1 + 1e-12
 
 
 def test_ece_at_its_limits():
     ones, zeros = torch.ones(7, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
     for adaptive in (False, True):
-        found = [ece(c, o, adaptive=adaptive) for c, o in ((ones, ones), (ones, zeros), (zeros, zeros))]
-        assert found == [0, 1, 0]
+        for c, o, want in ((ones, ones, 0), (ones, zeros, 1), (zeros, zeros, 0)):
+            assert ece(c, o, adaptive=adaptive) == want
     assert set(bin_of(f64(0., .1, .1001, 1.), 10, False).tolist()) == {0, 1, 9}
 
 
