@@ -89,6 +89,9 @@ def aurc(
     return risk_coverage(confidence, right)[1].mean().item()
 
 # %% ../../nbs/33_calibration.ipynb #f6c78bb9
+def _listed(values): # two digits each
+    return ", ".join(f"{v:.2f}" if math.isfinite(v) else "none" for v in values)
+
 def calibration_figure(
     sheets:dict, # label -> (confidence, right)
     bins:int=10, # of equal count
@@ -102,12 +105,12 @@ def calibration_figure(
                   for b in where.unique()]
         left.plot(*zip(*points), "o-", ms=4, color=COLORS[shade], label=label)
         right.plot(*risk_coverage(c, o), color=COLORS[shade], label=label)
-    def listed(f): return ", ".join(f"{f(c, o):.2f}" for c, o in sheets.values())
-    claimed, hits = listed(lambda c, o: c.mean()), listed(lambda c, o: o.double().mean())
+    claimed, hits, ranks = (_listed(f(c, o) for c, o in sheets.values()) for f in
+                            (lambda c, o: c.mean(), lambda c, o: o.double().mean(), auroc))
     left.set(xlabel="confidence claimed", ylabel="share right", xlim=(0, 1),
              ylim=(-.03, 1.03), title=f"Claimed {claimed}; right {hits}")
     right.set(xlabel="coverage: share answered", ylabel="risk: share of those wrong",
-              xlim=(0, 1), ylim=(0, None), title=f"AUROC {listed(auroc)}")
+              xlim=(0, 1), ylim=(0, None), title=f"AUROC {ranks}")
     left.legend(); right.legend()
     return finish(fig)
 
