@@ -9,9 +9,10 @@ __all__ = ['LORA_RATE', 'CUT', 'MEASURE', 'NOTED', 'MERGE_TOLERANCE', 'OLD', 'PA
            'early_refusals', 'check_place', 'read_both', 'refuse_objections', 'until_the_first_step', 'sentence_of',
            'is_adapter', 'make_config', 'tokenizer_for', 'encode_both', 'policy_of', 'adapter_of', 'make_trainer',
            'opening_line', 'rate_line', 'steps_of', 'lines_of', 'line_of', 'measured', 'closing_line',
-           'nothing_learned', 'train', 'finish', 'note_command', 'facts_of', 'generate', 'replies_to', 'shown_reply',
-           'merge', 'losses', 'loss_text', 'demo', 'later', 'Command', 'options_of', 'Strict', 'parser', 'usage_of',
-           'parse', 'settings_for', 'refuse_unknown', 'options', 'defaults_of', 'recipe_of', 'main', 'said', 'hushed']
+           'nothing_learned', 'train', 'finish', 'compares', 'note_command', 'facts_of', 'generate', 'replies_to',
+           'shown_reply', 'merge', 'losses', 'loss_text', 'demo', 'check_files', 'later', 'Command', 'options_of',
+           'Strict', 'parser', 'usage_of', 'parse', 'settings_for', 'refuse_unknown', 'options', 'defaults_of',
+           'recipe_of', 'main', 'said', 'hushed']
 
 # %% ../nbs/52_command_line.ipynb #19a51b9c
 import argparse, ast, contextlib, functools, importlib, json, math, os, shutil, signal, sys, time
@@ -37,7 +38,7 @@ class TrainOptions:
     eval_data:str|None=None  # pairs to measure on
     eval_split:str|None=None # which split of --eval-data; without that, of --data
     holdout:int=0            # pairs to hold out of --data and measure on
-    overlap:Literal["refuse", "count"]="refuse"     # prompts to measure on that are trained on
+    allow:list[str]=()       # faults to accept: overlap (prompts to measure on that are trained on)
     first:int=0              # use only so many pairs of --data; 0: all
     format:Literal["auto", "text", "chat"]="auto"   # auto: a chat where the model has a template
     identical:Literal["refuse", "drop"]="refuse"    # pairs of two equal replies
@@ -253,9 +254,9 @@ def read_both(
     if not (args.eval_data or args.eval_split): return pairs, None, 0
     held = load_any(args.eval_data or args.data, args.eval_split, args.columns)
     found = leakage(pairs, held)
-    if args.overlap == "count": return pairs, held, len(found.exact)
+    if "overlap" in args.allow: return pairs, held, len(found.exact)
     try: found.refuse()
-    except Refusal as e: raise Refusal(f"{e}; take them out, or say --overlap count") from None
+    except Refusal as e: raise Refusal(f"{e}; take them out, or say --allow overlap") from None
     return pairs, held, 0
 
 def refuse_objections(pairs, args, tokenizer, one_class:bool=False)->None: # as for `objections`
@@ -502,12 +503,13 @@ def nothing_learned(
     "Is the loss still where it began, or the margin not above 0?"
     m, first, last = f["measured"], f["first_loss"], f["last_loss"]
     still = first is not None and abs(first - last) < .01 * max(abs(first), .1)
-    doubt = m.get("margin_low", m.get("margin", 1.)) <= 0
+    doubt = f["compares"] and m.get("margin_low", m.get("margin", 1.)) <= 0
     if not (still or doubt): return None
     margin = "cannot be told from 0" if m.get("margin", 0) > 0 else "is not above 0"
     why = f"the loss is still at its start, {first:.3f}" if still else f"the margin {margin}"
-    return (f"Nothing was learned that shows: {why}. Raise --learning-rate (it was {rate:g}; "
-            "2e-4 suits --lora-r 16) or go on for longer (--num-train-epochs).")
+    usual = "; 2e-4 suits --lora-r 16" if rate < 1e-4 else ""
+    return (f"Nothing was learned that shows: {why}. Go on for longer (--num-train-epochs) "
+            f"or raise --learning-rate (it was {rate:g}{usual}).")
 
 # %% ../nbs/52_command_line.ipynb #1bef6084
 def train(
@@ -541,7 +543,8 @@ def finish(trainer, args, pairs, rows:list, held:list, counts, started:float)->i
                  kind="pairs" if rows[0].label is None else "replies", held_out=len(held),
                  first_loss=log[0]["loss"] if log else None,
                  last_loss=sum(late) / len(late) if log else None,
-                 measured_on="held-out" if held else "training")
+                 measured_on="held-out" if held else "training",
+                 compares=any(map(compares, trainer.args.loss_type)))
     found["measured"] = measured(trainer, held or rows[::math.ceil(len(rows) / MEASURE)])
     if not math.isfinite(found["measured"]["loss"]):
         raise Refusal(f"the model in {args.out} gives probabilities that are not finite: "
@@ -553,6 +556,10 @@ def finish(trainer, args, pairs, rows:list, held:list, counts, started:float)->i
     print(closing_line(found))
     if no := nothing_learned(found, trainer.args.learning_rate): print(no)
     return 0
+
+def compares(name:str)->bool: # does this loss push the margin against a reference up?
+    from dpo_literate.losses import get_loss
+    return get_loss(name).reference and get_loss(name).paired
 
 def note_command(args, counts)->None:
     "Add to the run's card what was asked, and what became of the pairs."
@@ -585,12 +592,10 @@ def generate(
     args:SimpleNamespace, # the fields of `GenerateOptions`
 )->int:                   # 0
     "Answer prompts."
-    check_place(args.model)
     if args.out: new_folder(args.out, "choose another --out")
     if not (args.prompt or args.prompts):
         raise Refusal("which prompts? --prompt TEXT or --prompts FILE")
-    if args.prompts and not Path(args.prompts).exists():
-        raise Refusal(f"{args.prompts}: no such file")
+    check_files(args)
     quiet()
     from dpo_literate.align import read_prompts
     from dpo_literate.probes.report import load_tuned
@@ -684,19 +689,28 @@ def demo(
     args:SimpleNamespace, # fields of `AlignConfig`
 )->int:                   # 0
     "Sample, rank, train and measure; write a report."
+    check_files(args)
     quiet()
     from dpo_literate.align import AlignConfig, align
     align(AlignConfig(**{k: v for k, v in vars(args).items() if v is not None}))
     return 0
 
+def check_files(args)->None:
+    "Models and files that a command names must be there; a name of the hub is left to the hub."
+    for name in ("model", "reference"):
+        if place := getattr(args, name, None): check_place(place)
+    for name in ("data", "eval", "pairs", "prompts", "tasks"):
+        path = getattr(args, name, None)
+        if path and Path(path).suffix and not Path(path).exists():
+            raise Refusal(f"{path}: no such file or folder")
+
 def later(
     where:str,            # "ppo.main_ppo"
     args:SimpleNamespace, # what it takes
 )->int:                   # its exit code
-    "Call the function of a module when it is wanted, and not before."
+    "Call the function of a module when it is wanted, and what it needs is there."
     module, _, name = where.rpartition(".")
-    for place in (getattr(args, "model", None), getattr(args, "reference", None)):
-        if place and module != "probes.report": check_place(place)
+    check_files(args)
     quiet()
     return getattr(importlib.import_module(f"dpo_literate.{module}"), name)(args)
 

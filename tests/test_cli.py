@@ -132,6 +132,11 @@ CHEAP = {
     "no prompt": (["generate", "--model", "tiny"], "which prompts?"),
     "a word alone": (["losses", "--all", "yes"], "unknown setting 'all'"),
     "ppo": (["ppo", "--model", "./none", "--prompts", "p.jsonl", "--out", "o"], "does not exist"),
+    "demo": (["demo", "--model", "tiny", "--data", "none.jsonl"], "none.jsonl: no such file"),
+    "reward-train": (["reward-train", "--data", "none.jsonl", "--out", "o"], "none.jsonl: no such file"),
+    "probe": (["probe", "--model", "tiny", "--reference", "./none"], "does not exist"),
+    "attack": (["attack", "--model", "tiny", "--out", "o", "--tasks", "none.jsonl"], "no such file"),
+    "prompts": (["generate", "--model", "tiny", "--prompts", "none.txt"], "none.txt: no such file"),
 }
 LOADED = """
 import sys, time
@@ -208,6 +213,13 @@ def test_old_spellings_mean_what_they_meant(command, old):
     if command == "probe": assert args.probes == ["tdi", "honesty"] and args.quick is True
     if command == "frontier": assert (args.seeds, args.methods) == ([1, 2], ["dpo", "sft"])
     if command == "reward-train": assert (args.lr, args.rank, args.batch, args.max_length) == (1e-4, 4, 2, 9)
+
+
+@pytest.mark.parametrize("name", [n for n, c in cli.COMMANDS.items() if hasattr(c.run, "args")])
+def test_a_command_of_another_page_finds_its_function(name):
+    import importlib
+    module, _, function = cli.COMMANDS[name].run.args[0].rpartition(".")
+    assert callable(getattr(importlib.import_module(f"dpo_literate.{module}"), function))
 
 
 def test_version_and_the_module(tmp_path):
@@ -344,7 +356,8 @@ def test_a_run_that_learns_nothing_says_so(model, tmp_path):
                 tmp_path / "out", "--learning-rate", "1e-9")
     assert done.returncode == 0 and done.stdout.count("\n") == 3
     assert "learning rate 1e-09, as given" in done.stdout.splitlines()[0]
-    assert "the loss is still at its start, 0.693. Raise --learning-rate (it was 1e-09" in done.stdout
+    assert "the loss is still at its start, 0.693. Go on for longer" in done.stdout
+    assert "raise --learning-rate (it was 1e-09; 2e-4 suits --lora-r 16)" in done.stdout
 
 
 @pytest.mark.parametrize("low, first, last, said", [
@@ -352,8 +365,10 @@ def test_a_run_that_learns_nothing_says_so(model, tmp_path):
     (None, 25., 24.9, "still at its start"), (None, 25., 20., None)])
 def test_what_counts_as_nothing(low, first, last, said):
     m = dict(margin=.2) | ({} if low is None else dict(margin_low=low))
-    got = cli.nothing_learned(dict(measured=m, first_loss=first, last_loss=last), 1e-6)
+    found = dict(measured=m, first_loss=first, last_loss=last, compares=True)
+    got = cli.nothing_learned(found, 1e-6)
     assert (got is None) if said is None else said in got
+    if last == .5: assert cli.nothing_learned(found | dict(compares=False), 1e-6) is None   # as of SFT
 
 
 def test_the_line_without_a_terminal(capsys):
@@ -562,9 +577,9 @@ def test_measuring_on_the_training_pairs_is_refused(model, tmp_path):
     refused(here(*call, "--eval-data", copy), "same file")
     some = tmp_path / "some.jsonl"
     some.write_text(line(dict(GOOD)) + "\n" + line(dict(GOOD, prompt="dish 3")) + "\n")
-    refused(here(*call, "--eval-data", some), "p.jsonl:4", "--overlap count")
+    refused(here(*call, "--eval-data", some), "p.jsonl:4", "--allow overlap")
     assert not (tmp_path / "out").exists()
-    done = here(*call, "--eval-data", some, "--overlap", "count")
+    done = here(*call, "--eval-data", some, "--allow", "overlap")
     assert done.returncode == 0 and "1 held-out prompts are trained on" in done.stdout
 
 
@@ -602,6 +617,23 @@ def test_a_merge_that_would_change_the_model_is_taken_back(model, tmp_path):
     get_peft_model(load_model(base), lora).save_pretrained(tmp_path / "adapter")
     refused(here("merge", "--model", tmp_path / "adapter", "--out", tmp_path / "whole"), "nats a token", code=3)
     assert not (tmp_path / "whole").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="check_policy does not know of tied embeddings yet")
+def test_an_adapter_on_a_tied_embedding_is_refused(tmp_path):
+    tied = tiny_model().float()
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    base = write_folder(tmp_path / "tied", tied, tiny_tokenizer())
+    refused(here("train", "--model", base, "--data", pairs(tmp_path / "p.jsonl"), "--out", tmp_path / "out",
+                 "--max-steps", 1, "--lora-r", 4, "--lora-targets", "q_proj,embed_tokens"), "tied")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_on_the_head_is_refused(model, tmp_path):
+    refused(here("train", "--model", model, "--data", pairs(tmp_path / "p.jsonl"), "--out", tmp_path / "out",
+                 "--lora-r", 4, "--lora-targets", "lm_head"), "output head")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_is_trained_further_from_where_it_is(model, adapter, tmp_path):
