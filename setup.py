@@ -23,7 +23,10 @@ setup(
     keywords=meta["keywords"].split(),
     python_requires=f">={meta['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={key.removeprefix("requirements_"): lines(key) for key in meta if key.startswith("requirements_")},
-    packages=[meta["lib_path"], f"{meta['lib_path']}.probes"] if (here / meta["lib_path"] / "probes").exists() else [meta["lib_path"]],
-    entry_points={"console_scripts": lines("console_scripts"), "nbdev": [f"{meta['lib_path']} = {meta['lib_path']}._modidx:d"]},
+    extras_require={key.removeprefix("requirements_"): lines(key)
+                    for key in meta if key.startswith("requirements_")},
+    packages=[meta["lib_path"], f"{meta['lib_path']}.probes"]
+    if (here / meta["lib_path"] / "probes").exists() else [meta["lib_path"]],
+    entry_points={"console_scripts": lines("console_scripts"),
+                  "nbdev": [f"{meta['lib_path']} = {meta['lib_path']}._modidx:d"]},
 )

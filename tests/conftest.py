@@ -1,11 +1,13 @@
-"The counts at the end: which pages ran, how many cells and checks. A run of the pages that ran nothing is a failure."
+"""The counts at the end: which pages ran, how many cells and checks. A run of the pages that
+ran nothing is a failure."""
 import pytest
 
 KEYS = ("pages", "cells", "left_out", "checks")
 
 
 def totals(reporter):
-    "Sum of what the page tests reported (through `record_property`, so it works across worker processes)."
+    """Sum of what the page tests reported (through `record_property`, so it works across worker
+    processes)."""
     total, seconds = dict.fromkeys(KEYS, 0), {}
     for group in reporter.stats.values():
         for report in group:
@@ -19,8 +21,11 @@ def totals(reporter):
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
     total, seconds = totals(terminalreporter)
     if not seconds: return
-    for page, took in sorted(seconds.items(), key=lambda kv: -kv[1])[:5]: terminalreporter.write_line(f"  {took:5.1f} s  {page}")
-    terminalreporter.write_line(f"pages: {total['pages']} run, {total['cells']} cells run, {total['left_out']} cells left out (tests/ledger.json), {total['checks']} assertions")
+    for page, took in sorted(seconds.items(), key=lambda kv: -kv[1])[:5]:
+        terminalreporter.write_line(f"  {took:5.1f} s  {page}")
+    terminalreporter.write_line(f"pages: {total['pages']} run, {total['cells']} cells run, "
+                                f"{total['left_out']} cells left out (tests/ledger.json), "
+                                f"{total['checks']} assertions")
 
 
 @pytest.hookimpl(trylast=True)
@@ -28,4 +33,5 @@ def pytest_sessionfinish(session, exitstatus):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or hasattr(session.config, "workerinput") or exitstatus: return
     total, seconds = totals(reporter)
-    if seconds and not (total["pages"] and total["cells"] and total["checks"]): session.exitstatus = 1
+    if seconds and not (total["pages"] and total["cells"] and total["checks"]):
+        session.exitstatus = 1

@@ -1,4 +1,5 @@
-"""The benchmarks run: every measuring script on tiny models, its counts against what a collator and a plain sum say."""
+"""The benchmarks run: every measuring script on tiny models, its counts against what a collator
+and a plain sum say."""
 import argparse
 import importlib.util
 import json
@@ -20,20 +21,26 @@ def script(name):
 
 
 def test_gpu_benchmark_runs_on_a_cpu():
-    "`--tiny`: both sides in processes of their own, the same losses, finite figures, nothing recorded."
+    """`--tiny`: both sides in processes of their own, the same losses, finite figures, nothing
+    recorded."""
     pytest.importorskip("trl")
-    done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py"), "--tiny"], capture_output=True, text=True, timeout=600)
-    line, = [x for x in done.stdout.splitlines() if x.startswith("RESULTS ")] or [done.stderr[-2000:]]
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py"), "--tiny"],
+                          capture_output=True, text=True, timeout=600)
+    line, = ([x for x in done.stdout.splitlines() if x.startswith("RESULTS ")]
+             or [done.stderr[-2000:]])
     found = json.loads(line[8:])
     ours, theirs = found["tiny/tiny/ours"], found["tiny/tiny/trl"]
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-4) and len(ours["losses"]) == 1
     assert ours["useful_flops"] == theirs["useful_flops"] > 0 and ours["pairs_per_second"] > 0
     assert [s["tokens"] for s in found["sweep"]["sweep"]] == [4 * (p + 2 * 65) for p in (16, 32)]
-    assert not (BENCHMARKS.parent / "nbs" / "results" / "bench_gpu.json").exists() or "cuda" in (BENCHMARKS.parent / "nbs" / "results" / "bench_gpu.json").read_text().lower()
+    assert (not (BENCHMARKS.parent / "nbs" / "results" / "bench_gpu.json").exists()
+            or "cuda" in (BENCHMARKS.parent / "nbs" / "results"
+                          / "bench_gpu.json").read_text().lower())
 
 
 def test_prompt_sweep_counts_each_token_once():
-    "Tokens seen at the embeddings: prompt + chosen + rejected a pair when packed, 2(prompt + longer) when padded, as TRL's collator lays them out."
+    """Tokens seen at the embeddings: prompt + chosen + rejected a pair when packed, 2(prompt +
+    longer) when padded, as TRL's collator lays them out."""
     pytest.importorskip("trl")
     sweep = script("anatomy").main(["prompts", "--tiny", "--repeats", "1"])["sweep"]
     for s in sweep:
@@ -46,19 +53,26 @@ def test_prompt_sweep_counts_each_token_once():
 def test_parts_of_a_step_are_all_there():
     anatomy = script("anatomy")
     found = anatomy.main(["stages", "--tiny", "--repeats", "1"])
-    assert list(found["seconds"]) == ["tokenise", "pack", "reference", "body forward", "head forward", "head backward", "body backward", "optimizer"]
-    assert all(v > 0 for v in found["seconds"].values()) and all(v > 0 for v in found["rates"].values())
-    assert found["tokens"] == sum(map(sum, found["lengths"])) and found["scored"] == sum(c + r for _, c, r in found["lengths"])
-    assert found["memory"]["activations"] > 0 and found["flops"]["body backward"] == 2 * found["flops"]["body forward"]
+    assert (list(found["seconds"]) == ["tokenise", "pack", "reference", "body forward",
+                                       "head forward", "head backward", "body backward",
+                                       "optimizer"])
+    assert (all(v > 0 for v in found["seconds"].values())
+            and all(v > 0 for v in found["rates"].values()))
+    assert (found["tokens"] == sum(map(sum, found["lengths"]))
+            and found["scored"] == sum(c + r for _, c, r in found["lengths"]))
+    assert (found["memory"]["activations"] > 0
+            and found["flops"]["body backward"] == 2 * found["flops"]["body forward"])
 
 
 def test_flops_are_those_that_a_forward_pass_makes():
-    "The products counted by hand against torch's own counter, on a padded row without attention's share."
+    """The products counted by hand against torch's own counter, on a padded row without
+    attention's share."""
     from torch.utils.flop_counter import FlopCounterMode
     from dpo_literate.models import tiny_model
     anatomy, model = script("anatomy"), tiny_model().float()
     body, head = anatomy.products(model.config, 12, 12)
-    with FlopCounterMode(display=False) as counter: model(input_ids=torch.ones(1, 12, dtype=torch.long))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.ones(1, 12, dtype=torch.long))
     seen = {str(k): v for k, v in counter.get_flop_counts()["Global"].items()}
     dense = sum(v for k, v in seen.items() if k.split(".")[-1] in ("mm", "addmm", "bmm"))
     assert dense == anatomy.flops(body) + anatomy.flops(head)
@@ -75,25 +89,35 @@ def scan_args(bench, *flags):
 def test_scan_record_gathers_seeds_and_prompts(monkeypatch):
     "Means of each run over prompts, of each prompt over seeds; nothing else enters the file."
     bench, kept = script("variants"), {}
-    monkeypatch.setattr(bench, "save_result", lambda name, values, **more: kept.update(name=name, values=values, more=more))
+    monkeypatch.setattr(bench, "save_result", lambda name, values,
+                        **more: kept.update(name=name, values=values, more=more))
     args = scan_args(bench, "--losses", "sigmoid")
-    def run(seed, beta): return dict(rewards=[seed, beta, 3.], kls=[1., 2., 3.], accuracy=.5, chosen_drift=-1., rejected_drift=-2., length=9., seconds=1.)
+    def run(seed, beta):
+        return dict(rewards=[seed, beta, 3.], kls=[1., 2., 3.], accuracy=.5, chosen_drift=-1.,
+                    rejected_drift=-2., length=9., seconds=1.)
     found = {("sigmoid", b, s): run(s, b) for s in (0, 1) for b in (.1, .2)}
     bench.record(args, found, {s: dict(rewards=[0., s, 0.]) for s in (0, 1)})
     first, second = kept["values"]["runs"]
-    assert (first["beta"], second["beta"]) == (.1, .2) and first["rewards"] == [.5, .1, 3.] and second["reward"] == [1.0667, 1.4] and first["judged"] == [.1, .1]
-    assert kept["values"]["before"]["rewards"] == [0., .5, 0.] and kept["more"]["seed"] == [0, 1] and kept["more"]["seconds"] == 4.
+    assert ((first["beta"], second["beta"]) == (.1, .2) and first["rewards"] == [.5, .1, 3.]
+            and second["reward"] == [1.0667, 1.4] and first["judged"] == [.1, .1])
+    assert (kept["values"]["before"]["rewards"] == [0., .5, 0.] and kept["more"]["seed"] == [0, 1]
+            and kept["more"]["seconds"] == 4.)
 
 
 def test_scan_claims_need_prompts_and_seeds_to_agree():
     bench = script("variants")
-    def run(loss, beta, rewards, judged): return dict(loss=loss, beta=beta, rewards=rewards, judged=judged, reward=judged, kls=rewards, kl=judged)
-    low, high = run("simpo", 2., [.9, .5] * 10, [.5, .5, .5]), run("sigmoid", .1, [.1, .2] * 10, [.2, .2, .2])
+    def run(loss, beta, rewards, judged):
+        return dict(loss=loss, beta=beta, rewards=rewards, judged=judged, reward=judged,
+                    kls=rewards, kl=judged)
+    low, high = (run("simpo", 2., [.9, .5] * 10, [.5, .5, .5]),
+                 run("sigmoid", .1, [.1, .2] * 10, [.2, .2, .2]))
     one, other = ("simpo", "best"), ("sigmoid", "best")
-    assert bench.scan_claim([low, high], one, other, "rewards", 1)[0] == pytest.approx(.3) and bench.scan_claim([low, high], one, other, "rewards", 1)[3] == "held"
+    assert (bench.scan_claim([low, high], one, other, "rewards", 1)[0] == pytest.approx(.3)
+            and bench.scan_claim([low, high], one, other, "rewards", 1)[3] == "held")
     assert bench.scan_claim([low, high], one, other, "rewards", -1)[3] == "did not hold"
     for r, drift in ((low, [1., 2., 3.]), (high, [-1., -1., 0.])): r["chosen_drift"] = drift
-    mean, *_, said, betas = bench.scan_claim([low, high], ("simpo", "low"), ("sigmoid", "high"), "chosen_drift", 1)
+    mean, *_, said, betas = bench.scan_claim([low, high], ("simpo", "low"), ("sigmoid", "high"),
+                                             "chosen_drift", 1)
     assert mean == pytest.approx(8 / 3) and said == "held" and betas == "beta 2.0 against 0.1"
     low["judged"] = [.5, .1, .5]
     assert bench.scan_claim([low, high], one, other, "rewards", 1)[3] == "too small to tell"
@@ -103,14 +127,17 @@ def test_claims_of_the_scan_ask_of_what_it_runs():
     bench = script("variants")
     assert len(bench.SCAN_CLAIMS) >= 6
     for *_, (one, a), (other, b), key, wanted in bench.SCAN_CLAIMS:
-        assert {one, other} <= set(bench.SCAN) and {a, b} <= {"low", "high", "best"} and key in bench.UNITS and wanted in (-1, 1)
+        assert ({one, other} <= set(bench.SCAN) and {a, b} <= {"low", "high", "best"}
+                and key in bench.UNITS and wanted in (-1, 1))
 
 
 def test_best_beta_is_chosen_where_it_is_not_judged():
     bench = script("variants")
-    lucky, honest = dict(loss="a", beta=1., rewards=[0., 9.] * 4), dict(loss="a", beta=2., rewards=[1., 0.] * 4)
+    lucky, honest = (dict(loss="a", beta=1., rewards=[0., 9.] * 4),
+                     dict(loss="a", beta=2., rewards=[1., 0.] * 4))
     assert bench.chosen_beta([lucky, honest], "a", "best") is honest
-    assert bench.chosen_beta([lucky, honest], "a", "low") is lucky and bench.chosen_beta([lucky, honest], "a", "high") is honest
+    assert (bench.chosen_beta([lucky, honest], "a", "low") is lucky
+            and bench.chosen_beta([lucky, honest], "a", "high") is honest)
 
 
 def test_tokens_of_trl_are_those_its_collator_lays_out():
@@ -119,17 +146,24 @@ def test_tokens_of_trl_are_those_its_collator_lays_out():
     from trl.trainer.dpo_trainer import DataCollatorForPreference
     bench, g = script("vs_trl"), torch.Generator().manual_seed(0)
     def ids(longest): return [5] * int(torch.randint(1, longest, (1,), generator=g))
-    data = [dict(prompt_ids=ids(600), chosen_ids=ids(200), rejected_ids=ids(200)) for _ in range(20)]
+    data = [dict(prompt_ids=ids(600), chosen_ids=ids(200), rejected_ids=ids(200))
+            for _ in range(20)]
     collate = DataCollatorForPreference(pad_token_id=0, max_length=bench.LENGTH)
     laid = [collate(data[i:i + bench.BATCH])["input_ids"] for i in range(0, len(data), bench.BATCH)]
-    assert bench.padded_tokens(data) == sum(x.numel() for x in laid) and any(x.shape[1] == bench.LENGTH for x in laid) and len(laid[-1]) < 2 * bench.BATCH
+    assert (bench.padded_tokens(data) == sum(x.numel() for x in laid)
+            and any(x.shape[1] == bench.LENGTH for x in laid) and len(laid[-1]) < 2 * bench.BATCH)
 
 
 def test_the_best_of_trl_counts():
     "Speed against its fastest arm, memory against that same arm, losses against all of them."
     bench = script("vs_trl")
-    def arm(speed, memory, losses): return dict(pairs_per_second=speed, peak_memory_gb=memory, losses=losses)
-    found = bench.compare(dict(ours=arm(8., 4., [.7, .5]), trl=arm(2., 10., [.7, .5]), trl_precompute=arm(1., 8., [.7, .4]), trl_checkpointing=arm(1.5, 5., [.7, .5])))
+    def arm(speed, memory, losses):
+        return dict(pairs_per_second=speed, peak_memory_gb=memory, losses=losses)
+    found = bench.compare(dict(ours=arm(8., 4., [.7, .5]), trl=arm(2., 10., [.7, .5]),
+                               trl_precompute=arm(1., 8., [.7, .4]),
+                               trl_checkpointing=arm(1.5, 5., [.7, .5])))
     assert (found["best_trl"], found["speed_ratio"], found["memory_ratio"]) == ("trl", 4., .4)
-    assert (found["leanest_trl"], found["memory_ratio_to_leanest"]) == ("trl_checkpointing", .8) and found["max_loss_difference"] == pytest.approx(.1)
-    with pytest.raises(ValueError): bench.compare(dict(ours=arm(1., 1., [.7]), trl=arm(1., 1., [.7, .6])))
+    assert ((found["leanest_trl"], found["memory_ratio_to_leanest"]) == ("trl_checkpointing", .8)
+            and found["max_loss_difference"] == pytest.approx(.1))
+    with pytest.raises(ValueError):
+        bench.compare(dict(ours=arm(1., 1., [.7]), trl=arm(1., 1., [.7, .6])))

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_literate.logps import Batch, add_up, linear_logps, pad_rows, plain_reply_logps, reply_logps, sequence_logps, token_logps
+from dpo_literate.logps import (Batch, add_up, linear_logps, pad_rows, plain_reply_logps,
+                                reply_logps, sequence_logps, token_logps)
 from dpo_literate.losses import dpo_loss
 from dpo_literate.models import tiny_model
 
 KINDS = ("llama", "qwen2", "qwen3", "gpt2", "gemma2")
-# transformers' Gemma-2 takes its attention softmax in float32 whatever the model's dtype: there, rows of other widths differ by that rounding
+# transformers' Gemma-2 takes its attention softmax in float32 whatever the model's dtype:
+# there, rows of other widths differ by that rounding
 NOISE = {"gemma2": 1e-6}
-Pair = namedtuple("Pair", "prompt_ids chosen_ids rejected_ids chosen_weights rejected_weights", defaults=(None, None))
+Pair = namedtuple("Pair", "prompt_ids chosen_ids rejected_ids chosen_weights rejected_weights",
+                  defaults=(None, None))
 
 
 def random_pairs(seed, n=4, longest=17):
@@ -37,7 +40,8 @@ def test_a_batch_is_its_rows_one_by_one(kind):
     for seed in range(5):
         rows = random_pairs(seed)
         with torch.no_grad(): got = reply_logps(model, pad_rows(rows))
-        want = torch.stack([by_hand(model, r, r.chosen_ids) for r in rows] + [by_hand(model, r, r.rejected_ids) for r in rows])
+        want = torch.stack([by_hand(model, r, r.chosen_ids) for r in rows]
+                           + [by_hand(model, r, r.rejected_ids) for r in rows])
         assert (got.sums - want).abs().max() < NOISE.get(kind, 1e-10)
 
 
@@ -50,7 +54,8 @@ def test_values_and_gradients_equal_the_plain_head(kind, chunk):
     assert (fast.sums - slow.sums).abs().max() < 1e-10
     params = [p for p in model.parameters() if p.requires_grad]
     weight = torch.linspace(-1, 1, len(fast.sums), dtype=torch.float64)
-    got, want = (torch.autograd.grad((out.sums * weight).sum(), params, allow_unused=True) for out in (fast, slow))
+    got, want = (torch.autograd.grad((out.sums * weight).sum(), params, allow_unused=True)
+                 for out in (fast, slow))
     for a, b in zip(got, want):
         assert (a is None) == (b is None)
         if a is not None: assert (a - b).abs().max() <= 1e-10 * max(1., b.abs().max())
@@ -64,8 +69,12 @@ def test_the_model_is_left_as_it_was(kind):
         before = model(ids).logits
         reply_logps(model, pad_rows(random_pairs(1)))
         assert torch.equal(before, model(ids).logits)
-    with pytest.raises(IndexError): reply_logps(model, Batch(ids, ids, ids, None, torch.tensor([99]), torch.tensor([3]), torch.tensor([0]), None, 1))
-    with torch.no_grad(): assert torch.equal(before, model(ids).logits), "an error inside must not leave the head replaced"
+    with pytest.raises(IndexError):
+        reply_logps(model, Batch(ids, ids, ids, None, torch.tensor([99]), torch.tensor([3]),
+                                 torch.tensor([0]), None, 1))
+    with torch.no_grad():
+        assert torch.equal(before,
+                           model(ids).logits), "an error inside must not leave the head replaced"
 
 
 def test_gemma_soft_caps_its_logits_once():
@@ -97,14 +106,19 @@ def test_mask_spells_out_what_is_scored():
             digits = -add_up(-2. ** (batch.score_at % T + 1).double(), batch).chosen[0].item()
             first = max(prompt, 1)          # with an empty prompt the first token cannot be scored
             assert digits == sum(2 ** t for t in range(first, prompt + reply))
-            assert add_up(torch.ones(len(batch.targets)), batch).lengths.tolist() == [prompt + reply - first, 3 - (prompt == 0)]
-            assert batch.targets[batch.owner == 0].tolist() == (row.prompt_ids + row.chosen_ids)[first:]
+            assert (add_up(torch.ones(len(batch.targets)), batch).lengths.tolist()
+                    == [prompt + reply - first, 3 - (prompt == 0)])
+            assert (batch.targets[batch.owner == 0].tolist()
+                    == (row.prompt_ids + row.chosen_ids)[first:])
 
 
 def test_weights_count_token_by_token():
     model = tiny_model()
-    plain, weighted = Pair([5, 6], [7, 8, 2], [9, 2]), Pair([5, 6], [7, 8, 2], [9, 2], [1., .5, 0.], [1., 1.])
-    with torch.no_grad(): tokens, got = reply_logps(model, pad_rows([plain])).tokens, reply_logps(model, pad_rows([weighted]))
+    plain, weighted = (Pair([5, 6], [7, 8, 2], [9, 2]),
+                       Pair([5, 6], [7, 8, 2], [9, 2], [1., .5, 0.], [1., 1.]))
+    with torch.no_grad():
+        tokens, got = (reply_logps(model, pad_rows([plain])).tokens,
+                       reply_logps(model, pad_rows([weighted])))
     assert abs(got.chosen[0] - (tokens[0] + .5 * tokens[1])) < 1e-12
     assert got.lengths.tolist() == [3, 2]
 
@@ -114,27 +128,31 @@ def test_under_lora_only_the_adapter_gets_gradient_and_off_is_the_base():
     base = tiny_model()
     batch = pad_rows(random_pairs(7))
     with torch.no_grad(): before = reply_logps(base, batch).sums
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).double()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"],
+                                            task_type="CAUSAL_LM")).double()
     out = reply_logps(model, batch)
     assert (out.sums - before).abs().max() < 1e-10
     out.sums.sum().backward()
     assert all((p.grad is not None) == ("lora_" in n) for n, p in model.named_parameters())
     slow = plain_reply_logps(model, batch).sums.sum()
     for (n, p), g in zip([(n, p) for n, p in model.named_parameters() if p.requires_grad],
-                         torch.autograd.grad(slow, [p for p in model.parameters() if p.requires_grad])):
+                         torch.autograd.grad(slow, [p for p in model.parameters()
+                                                    if p.requires_grad])):
         assert (p.grad - g).abs().max() <= 1e-10, n
 
 
 @pytest.mark.parametrize("words", [400, 32_000])
 @pytest.mark.parametrize("tokens", [64, 256, 1024])
 def test_half_precision_logits_are_summed_in_full(tokens, words):
-    "T28: bf16 products, float32 statistics; a sequence and a margin against float64 on the same logits."
+    """T28: bf16 products, float32 statistics; a sequence and a margin against float64 on the
+    same logits."""
     torch.manual_seed(0)
     logits = torch.randn(1, tokens + 1, words).mul(3).bfloat16()
     ids = torch.randint(words, (2, tokens + 1))
     found = torch.stack([token_logps(logits, one[None]).double().sum() for one in ids])
     exact = torch.stack([token_logps(logits.double(), one[None]).sum() for one in ids])
-    assert (found - exact).abs().max() < 1e-3 and ((found - exact)[0] - (found - exact)[1]).abs() < 2e-3
+    assert ((found - exact).abs().max() < 1e-3
+            and ((found - exact)[0] - (found - exact)[1]).abs() < 2e-3)
     assert token_logps(logits, ids[:1]).dtype == torch.float32
 
 
@@ -145,7 +163,8 @@ def test_probabilities_add_up_to_one():
     for seed in range(20):
         model = tiny_model("llama", vocab_size=3, seed=seed)
         for prompt in ([1], [2], [1, 2], [0, 1, 1], [2, 2, 0, 1]):
-            with torch.no_grad(): got = reply_logps(model, pad_rows([Pair(prompt, y, y) for y in every]))
+            with torch.no_grad():
+                got = reply_logps(model, pad_rows([Pair(prompt, y, y) for y in every]))
             assert abs(got.chosen.exp().sum() - 1) < 1e-12 and torch.equal(got.chosen, got.rejected)
 
 
@@ -163,21 +182,26 @@ def test_gradient_through_gather_mask_sum_and_loss():
     assert (grad[:, :2] == 0).all() and (grad[:, 5:] == 0).all() and (grad[:, 2:5] != 0).all()
 
 
-@pytest.mark.parametrize("N, V, chunk", [(1, 7, 1), (5, 300, 2), (64, 3, 256), (33, 129, 8), (200, 17, 1)])
+@pytest.mark.parametrize("N, V, chunk",
+                         [(1, 7, 1), (5, 300, 2), (64, 3, 256), (33, 129, 8), (200, 17, 1)])
 @pytest.mark.parametrize("softcap, scale", [(None, 1.), (3., 1.), (None, .5), (2., 3.)])
 def test_any_shape_of_chunk_and_slice(N, V, chunk, softcap, scale):
     g = torch.Generator().manual_seed(N)
-    h, W, b = (torch.randn(*shape, dtype=torch.float64, generator=g).requires_grad_() for shape in ((N, 6), (V, 6), (V,)))
+    h, W, b = (torch.randn(*shape, dtype=torch.float64, generator=g).requires_grad_()
+               for shape in ((N, 6), (V, 6), (V,)))
     y, up = torch.randint(V, (N,), generator=g), torch.randn(N, dtype=torch.float64, generator=g)
     z = scale * (h @ W.T + b)
     if softcap: z = softcap * torch.tanh(z / softcap)
     slow = z.log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
     fast = linear_logps(h, W, y, b, chunk=chunk, softcap=softcap, scale=scale)
     assert (fast - slow).abs().max() < 1e-11
-    for a, c in zip(torch.autograd.grad(fast, (h, W, b), up), torch.autograd.grad(slow, (h, W, b), up)): assert (a - c).abs().max() < 1e-11
+    for a, c in zip(torch.autograd.grad(fast, (h, W, b), up),
+                    torch.autograd.grad(slow, (h, W, b), up)):
+        assert (a - c).abs().max() < 1e-11
     frozen = linear_logps(h, W.detach(), y, b.detach(), chunk=chunk, softcap=softcap, scale=scale)
     dh = torch.autograd.grad(frozen, h, up)[0]
-    assert (dh - torch.autograd.grad(linear_logps(h, W, y, b, softcap=softcap, scale=scale), h, up)[0]).abs().max() < 1e-11
+    assert ((dh - torch.autograd.grad(linear_logps(h, W, y, b, softcap=softcap, scale=scale), h,
+                                      up)[0]).abs().max() < 1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -193,7 +217,8 @@ def test_gradients_have_the_dtype_of_what_they_are_for_and_are_as_exact_as_plain
     def plain64(h, W, y): return (h @ W.T).log_softmax(-1).gather(-1, y[:, None])
     exact = grads(plain64, torch.float64)
     ours, theirs = grads(linear_logps, dtype), grads(plain, dtype)
-    for a, b, c in zip(ours, theirs, exact): assert (a - c).norm() < 1.2 * (b - c).norm() + 1e-6 * c.norm()
+    for a, b, c in zip(ours, theirs, exact):
+        assert (a - c).norm() < 1.2 * (b - c).norm() + 1e-6 * c.norm()
 
 
 GOLDEN = Path(__file__).parent / "golden_steps.json"
@@ -220,15 +245,19 @@ def test_twenty_steps_go_where_they_went():
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     found = torch.tensor(twenty_steps(), dtype=torch.float64)
     want = torch.tensor(golden["steps"], dtype=torch.float64)
-    assert abs(found[0, 0] - torch.tensor(2., dtype=torch.float64).log()) < 1e-12 and found[-1, 0] < found[0, 0]
-    assert ((found - want).abs() <= 1e-9 * want.abs().clamp(min=1)).all(), f"made with {golden['versions']}, {golden['threads']} thread"
+    assert (abs(found[0, 0] - torch.tensor(2., dtype=torch.float64).log()) < 1e-12
+            and found[-1, 0] < found[0, 0])
+    assert ((found - want).abs() <= 1e-9 * want.abs().clamp(
+        min=1)).all(), f"made with {golden['versions']}, {golden['threads']} thread"
 
 
 def test_under_autocast_the_head_multiplies_in_bf16_and_answers_in_float32():
     torch.manual_seed(0)
-    h, W, y = torch.randn(30, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True), torch.randint(50, (30,))
+    h, W, y = (torch.randn(30, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True),
+               torch.randint(50, (30,)))
     with torch.autocast("cpu", dtype=torch.bfloat16): got = linear_logps(h, W, y)
-    want = (h.bfloat16() @ W.bfloat16().T).float().log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
+    want = (h.bfloat16() @ W.bfloat16().T).float().log_softmax(-1).gather(-1,
+        y[:, None]).squeeze(-1)
     assert got.dtype == torch.float32 and (got - want).abs().max() < 1e-5
     got.sum().backward()
     assert h.grad.dtype == W.grad.dtype == torch.float32

@@ -1,4 +1,5 @@
-"Every code name of the notation page stands in the module of the page beside it, or in that page's own code."
+"""Every code name of the notation page stands in the module of the page beside it, or in that
+page's own code."""
 import json
 import re
 from pathlib import Path
@@ -6,8 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTATION = "\n".join("".join(c["source"]) for c in json.loads((ROOT / "nbs" / "00_notation.ipynb").read_text(encoding="utf-8"))["cells"])
-ROWS = [line for line in NOTATION.splitlines() if line.startswith("|") and not set(line) <= set("|-") and "| code |" not in line]
+NOTATION = "\n".join("".join(c["source"])
+                     for c in json.loads((ROOT / "nbs"
+                                          / "00_notation.ipynb").read_text(encoding="utf-8"))[
+                                              "cells"])
+ROWS = [line for line in NOTATION.splitlines() if line.startswith("|")
+        and not set(line) <= set("|-") and "| code |" not in line]
 PAGE = re.compile(r"\]\((\d\w*\.ipynb)\)")
 
 
@@ -33,5 +38,6 @@ def test_names_exist_where_the_page_says(row):
 
 
 def test_words_stand_in_order_and_once():
-    words = [cells(r)[0].lower() for r in ROWS[next(i for i, r in enumerate(ROWS) if r.startswith("| adapter")):]]
+    words = [cells(r)[0].lower() for r in ROWS[next(i for i, r in enumerate(ROWS)
+                                                    if r.startswith("| adapter")):]]
     assert words == sorted(words) and len(words) == len(set(words)) > 35

@@ -3,12 +3,14 @@ import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from dpo_literate import results
-from dpo_literate.results import (FIELDS, ClaimsTable, Refusal, bootstrap_interval, claims_table, data_dir, load_result,
+from dpo_literate.results import (FIELDS, ClaimsTable, Refusal, bootstrap_interval, claims_table,
+                                  data_dir, load_result,
                                   repo_dir, result_problems, save_claims, save_result, write_atomic)
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = sorted((ROOT / "nbs" / "results").glob("*.json"))
-ROW = dict(claim="c", source="s", paper_figure=None, setup="x", ours=1., low=None, high=None, seeds=[0], verdict="held", command="make")
+ROW = dict(claim="c", source="s", paper_figure=None, setup="x", ours=1., low=None, high=None,
+           seeds=[0], verdict="held", command="make")
 
 
 @pytest.fixture
@@ -20,7 +22,8 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def save(name="r", values=None, **kw):
-    return save_result(name, values or {"a": 1}, **{**dict(command="c", config={}, seed=0, seconds=1, what="w"), **kw})
+    return save_result(name, values or {"a": 1},
+                       **{**dict(command="c", config={}, seed=0, seconds=1, what="w"), **kw})
 
 
 def test_recorded_results_are_in_order():
@@ -35,7 +38,8 @@ def test_recorded_results_are_used_by_a_page():
 
 def test_nothing_but_json_is_recorded():
     folder = ROOT / "nbs" / "results"
-    assert [p.name for p in (folder.iterdir() if folder.exists() else []) if p.suffix != ".json"] == []
+    assert ([p.name for p in (folder.iterdir() if folder.exists() else []) if p.suffix != ".json"]
+            == [])
 
 
 def test_round_trip(elsewhere, capsys):
@@ -52,7 +56,9 @@ def test_result_names_stay_inside_the_folder(elsewhere, name):
     assert not (elsewhere / "nbs/results").exists()
 
 
-@pytest.mark.parametrize("values, code", [({"a": float("nan")}, 3), ({"a": float("inf")}, 3), ({"a": "x" * 200_000}, 2)])
+@pytest.mark.parametrize("values, code",
+                         [({"a": float("nan")}, 3), ({"a": float("inf")}, 3),
+                          ({"a": "x" * 200_000}, 2)])
 def test_bad_values_are_refused_and_nothing_is_written(elsewhere, values, code):
     with pytest.raises(Refusal) as no: save(values=values)
     assert no.value.code == code and not (elsewhere / "nbs/results").exists()
@@ -66,7 +72,8 @@ def test_missing_results_are_refused(elsewhere):
 @pytest.mark.parametrize("field", FIELDS)
 def test_each_missing_field_is_seen(elsewhere, field):
     path = save()
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != field}))
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items()
+                                if k != field}))
     assert any(field in problem for problem in result_problems(path))
 
 
@@ -79,11 +86,13 @@ def test_damaged_files_are_seen(tmp_path, text):
 def test_claims(elsewhere):
     assert result_problems(save_claims("page", [ROW])) == []
     assert claims_table("page").rows == [ROW]
-    for bad in ([], [{**ROW, "verdict": "maybe"}], [{k: v for k, v in ROW.items() if k != "source"}]):
+    for bad in ([], [{**ROW, "verdict": "maybe"}],
+                [{k: v for k, v in ROW.items() if k != "source"}]):
         with pytest.raises(Refusal): save_claims("page", bad)
 
 
-@pytest.mark.parametrize("evil", ["<script>x</script>", "a | b", "**b**", "[x](javascript:1)", "$x$", "a\nb", "`c`"])
+@pytest.mark.parametrize("evil", ["<script>x</script>", "a | b", "**b**", "[x](javascript:1)",
+                                  "$x$", "a\nb", "`c`"])
 def test_claims_text_is_inert(evil):
     table = ClaimsTable([{**ROW, "claim": evil}])
     lines = table._repr_markdown_().splitlines()
@@ -95,10 +104,13 @@ def test_claims_text_is_inert(evil):
 def test_a_killed_write_leaves_old_or_new(tmp_path):
     "Kill a process that rewrites one file without rest."
     target = write_atomic(tmp_path / "r.json", json.dumps([0] * 5000))
-    code = ("import json, sys\nfrom dpo_literate.results import write_atomic\nprint('go', flush=True)\n"
-            "n = 0\nwhile True:\n    n += 1\n    write_atomic(sys.argv[1], json.dumps([n] * 5000))\n")
+    code = ("import json, sys\nfrom dpo_literate.results import write_atomic\nprint('go', "
+            "flush=True)\n"
+            "n = 0\nwhile True:\n    n += 1\n    write_atomic(sys.argv[1], json.dumps([n] * "
+            "5000))\n")
     for attempt in range(4):
-        process = subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE, cwd=ROOT,
+        process = subprocess.Popen([sys.executable, "-c", code, str(target)],
+                                   stdout=subprocess.PIPE, cwd=ROOT,
                                    env={**os.environ, "PYTHONPATH": str(ROOT)})
         process.stdout.readline(); time.sleep(0.01 + 0.013 * attempt)
         process.send_signal(signal.SIGKILL); process.wait(); process.stdout.close()

@@ -1,4 +1,5 @@
-"Bradley–Terry beyond the page: an independent optimizer, symmetries, extreme counts, the size of the error."
+"""Bradley–Terry beyond the page: an independent optimizer, symmetries, extreme counts, the size
+of the error."""
 import pytest, torch
 from dpo_literate.results import Refusal
 from dpo_literate.reward import bt_loss, fit_scores, linked, win_counts
@@ -17,7 +18,8 @@ def random_wins(seed, K=5, top=20):
 def test_same_maximum_as_a_general_optimizer(seed):
     wins = random_wins(seed)
     score = torch.zeros(3, 5, dtype=torch.float64, requires_grad=True)
-    opt = torch.optim.LBFGS([score], lr=1, max_iter=500, tolerance_grad=1e-13, tolerance_change=1e-15, line_search_fn="strong_wolfe")
+    opt = torch.optim.LBFGS([score], lr=1, max_iter=500, tolerance_grad=1e-13,
+                            tolerance_change=1e-15, line_search_fn="strong_wolfe")
     def closure():
         opt.zero_grad()
         loss = (wins * bt_loss(score[..., :, None], score[..., None, :])).sum()
@@ -32,10 +34,14 @@ def test_same_maximum_as_a_general_optimizer(seed):
 def test_symmetries_of_the_fit(seed):
     wins = random_wins(seed)
     fit, order = fit_scores(wins), torch.randperm(5, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(fit_scores(wins.mT), -fit, rtol=0, atol=1e-9)            # every verdict turned round
-    torch.testing.assert_close(fit_scores(7 * wins), fit, rtol=0, atol=1e-9)            # every verdict seven times
-    torch.testing.assert_close(fit_scores(wins[:, order][:, :, order]), fit[:, order], rtol=0, atol=1e-9)
-    torch.testing.assert_close(fit.mean(-1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    # every verdict turned round
+    torch.testing.assert_close(fit_scores(wins.mT), -fit, rtol=0, atol=1e-9)
+    # every verdict seven times
+    torch.testing.assert_close(fit_scores(7 * wins), fit, rtol=0, atol=1e-9)
+    torch.testing.assert_close(fit_scores(wins[:, order][:, :, order]), fit[:, order], rtol=0,
+                               atol=1e-9)
+    torch.testing.assert_close(fit.mean(-1), torch.zeros(3, dtype=torch.float64), rtol=0,
+                               atol=1e-12)
 
 
 def test_relations_of_the_loss():
@@ -55,7 +61,8 @@ def test_extreme_counts_are_met():
     assert abs((fit[0] - fit[1]).item() - torch.tensor(1e9).double().log().item()) < 1e-6
 
 
-@pytest.mark.parametrize("wins", [[[0, 1, 1], [0, 0, 1], [0, 0, 0]], [[0, 3, 0], [3, 0, 0], [0, 0, 0]]])
+@pytest.mark.parametrize("wins", [[[0, 1, 1], [0, 0, 1], [0, 0, 0]],
+                                  [[0, 3, 0], [3, 0, 0], [0, 0, 0]]])
 def test_no_fit_is_a_refusal(wins):
     wins = torch.tensor(wins, dtype=torch.float64)
     assert not linked(wins)
@@ -76,6 +83,7 @@ def test_error_has_the_predicted_size_on_seeds_the_page_does_not_use():
     weight = world.prompt_p[:, None, None] * (drawn + drawn.mT) * win * win.mT
     weight.diagonal(dim1=-2, dim2=-1).zero_()
     cov = torch.linalg.pinv(torch.diag_embed(weight.sum(-1)) - weight) / 100_000
-    fits = torch.stack([fit_scores(win_counts(sample_pairs(world, 100_000, torch.Generator().manual_seed(5000 + s)), 3, 4)) for s in range(60)])
+    fits = torch.stack([fit_scores(win_counts(sample_pairs(world, 100_000,
+        torch.Generator().manual_seed(5000 + s)), 3, 4)) for s in range(60)])
     spread = (fits - centred).pow(2).mean(0)
     assert ((spread / cov.diagonal(dim1=-2, dim2=-1)).mean() - 1).abs() < .25

@@ -1,8 +1,10 @@
-"The enumerable world, over many seeds and shapes; Bradley-Terry fits; the DPO optimum against theory (T11)."
+"""The enumerable world, over many seeds and shapes; Bradley-Terry fits; the DPO optimum against
+theory (T11)."""
 import math
 import pytest, torch
 import torch.nn.functional as F
-from dpo_literate.world import (kl, log_partition, objective, optimal_policy, preference_probs, sample_pairs,
+from dpo_literate.world import (kl, log_partition, objective, optimal_policy, preference_probs,
+                                sample_pairs,
                                 small_world, total_variation)
 
 
@@ -32,12 +34,14 @@ def test_reward_is_recovered_up_to_its_level(seed):
 
 def test_kl_of_zeros_is_zero_not_nan():
     one = torch.tensor([1., 0.], dtype=torch.float64).log()
-    assert kl(one, one).item() == 0. and kl(one, torch.tensor([.5, .5]).double().log()).item() == pytest.approx(math.log(2))
+    assert (kl(one, one).item() == 0. and kl(one, torch.tensor([.5, .5]).double().log()).item()
+            == pytest.approx(math.log(2)))
 
 
 def test_huge_rewards_stay_finite():
     ref, r, _ = random_world(0, 4)
-    assert log_partition(ref, 1e8 * r, 1.).isfinite() and optimal_policy(ref, 1e8 * r, 1.).exp().sum() == pytest.approx(1)
+    assert (log_partition(ref, 1e8 * r, 1.).isfinite()
+            and optimal_policy(ref, 1e8 * r, 1.).exp().sum() == pytest.approx(1))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -69,11 +73,13 @@ def test_pairs_follow_the_judge_everywhere():
 @pytest.mark.parametrize("beta", [0.1, 0.5, 1.])
 @pytest.mark.parametrize("actions", [4, 6, 8])
 def test_dpo_optimum_is_the_closed_form(actions, beta):
-    "T11: exact expected loss over all ordered pairs, L-BFGS, float64: total variation at most 1e-8."
+    """T11: exact expected loss over all ordered pairs, L-BFGS, float64: total variation at most
+    1e-8."""
     ref, r, _ = random_world(actions, actions)
     r = r / 2                                    # standard normal rewards, as T11 has them
     p, logits = preference_probs(r), ref.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], lr=1, max_iter=3000, history_size=50, line_search_fn="strong_wolfe",
+    optimizer = torch.optim.LBFGS([logits], lr=1, max_iter=3000, history_size=50,
+                                  line_search_fn="strong_wolfe",
                                   tolerance_grad=1e-15, tolerance_change=1e-18)
 
     def loss():

@@ -1,1 +1,2 @@
-"What keeps the book: running pages, cleaning notebooks, the site, the README. Not part of the installed package."
+"""What keeps the book: running pages, cleaning notebooks, the site, the README. Not part of the
+installed package."""

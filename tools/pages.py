@@ -1,7 +1,9 @@
 """Run the pages top to bottom, and know what was run.
 
-    python -m tools.pages run [PAGE ...] [--save] [--slow]    run pages; --save stores the fresh outputs
-    python -m tools.pages ledger                              cells that do not run, as tests/ledger.json should list them
+    python -m tools.pages run [PAGE ...] [--save] [--slow]    run pages; --save stores the fresh
+    outputs
+    python -m tools.pages ledger                              cells that do not run, as
+    tests/ledger.json should list them
 """
 import argparse
 import ast
@@ -17,14 +19,16 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
-SKIP = ("slow", "gpu", "notest")   # the flags `nbdev-test` leaves out too (tst_flags in pyproject.toml)
+# the flags `nbdev-test` leaves out too (tst_flags in pyproject.toml)
+SKIP = ("slow", "gpu", "notest")
 DIRECTIVE = re.compile(r"^\s*#\|\s*(.+?)\s*$")
 CHECK = re.compile(r"^(test_\w+|assert_\w+|expect_fail|ExceptionExpected)$")
 
 
 def pages(folder=NBS):
     "The pages in reading order: 00, 00a, 00b, 01, …, then the index."
-    return sorted(Path(folder).glob("*.ipynb"), key=lambda p: (p.stem == "index", p.name.replace("_", " ")))
+    return sorted(Path(folder).glob("*.ipynb"),
+                  key=lambda p: (p.stem == "index", p.name.replace("_", " ")))
 
 
 def read(path): return nbformat.reads(Path(path).read_text(encoding="utf-8"), as_version=4)
@@ -53,8 +57,10 @@ def assertions(source):
     "How many checks a cell makes: assert statements and calls of test_…, assert_…, expect_fail."
     try: tree = ast.parse(source)
     except SyntaxError: return 0
-    names = [getattr(n.func, "id", getattr(n.func, "attr", "")) for n in ast.walk(tree) if isinstance(n, ast.Call)]
-    return sum(isinstance(n, ast.Assert) for n in ast.walk(tree)) + sum(bool(CHECK.match(n)) for n in names)
+    names = [getattr(n.func, "id", getattr(n.func, "attr", ""))
+             for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    return (sum(isinstance(n, ast.Assert) for n in ast.walk(tree))
+            + sum(bool(CHECK.match(n)) for n in names))
 
 
 @dataclass
@@ -77,9 +83,14 @@ def run_page(path, cwd=None, slow=False, timeout=600, env=None) -> Run:
     path, nb = Path(path), read(path)
     done, start = Run(path.name), time.time()
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
-    kernel_env = {**os.environ, "IN_TEST": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline", "TOKENIZERS_PARALLELISM": "false",
-                  "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])), **(env or {})}
-    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(cwd or path.parent)}})
+    kernel_env = {**os.environ, "IN_TEST": "1",
+                  "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+                  "TOKENIZERS_PARALLELISM": "false",
+                  "PYTHONPATH": os.pathsep.join(filter(None,
+                      [str(ROOT), os.environ.get("PYTHONPATH", "")])), **(env or {})}
+    client = NotebookClient(nb, timeout=timeout, kernel_name="python3",
+                            extra_arguments=["--log-level=ERROR"],
+                            resources={"metadata": {"path": str(cwd or path.parent)}})
     with client.setup_kernel(env=kernel_env):
         for index, cell in enumerate(nb.cells):
             if cell.cell_type != "code" or not cell.source.strip(): continue
@@ -89,7 +100,8 @@ def run_page(path, cwd=None, slow=False, timeout=600, env=None) -> Run:
                 continue
             try: client.execute_cell(cell, index)
             except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
-                done.error = f"{path.name}, cell {cell.id}:\n{cell.source}\n{ANSI.sub('', str(e))[-4000:]}"
+                said = ANSI.sub("", str(e))[-4000:]
+                done.error = f"{path.name}, cell {cell.id}:\n{cell.source}\n{said}"
                 break
             done.cells += 1
             done.checks += assertions(cell.source)
@@ -103,7 +115,8 @@ def save_outputs(path, done):
     from tools.clean import clean_text, write_atomic
     raw = json.loads(Path(path).read_text(encoding="utf-8"))
     for cell in raw["cells"]:
-        if cell.get("id") in done.outputs: cell["outputs"] = json.loads(json.dumps(done.outputs[cell["id"]]))
+        if cell.get("id") in done.outputs:
+            cell["outputs"] = json.loads(json.dumps(done.outputs[cell["id"]]))
     write_atomic(path, clean_text(json.dumps(raw)))
 
 
@@ -119,14 +132,20 @@ def as_text(value): return "".join(value) if isinstance(value, list) else str(va
 
 
 def same_text(stored, fresh):
-    """Equal after the declared normalisation: memory addresses and wall-clock times masked, runs of blanks alike,
-    whole numbers equal, other numbers equal to 4 significant digits or within one unit of the last printed digit."""
-    def plain(text): return CLOCK.sub("<time>", ADDRESS.sub("0x…", re.sub(r" at 0x[0-9a-f]+", "", ANSI.sub("", text))))
+    """Equal after the declared normalisation: memory addresses and wall-clock times masked, runs
+    of blanks alike,
+    whole numbers equal, other numbers equal to 4 significant digits or within one unit of the
+    last printed digit."""
+    def plain(text):
+        return CLOCK.sub("<time>", ADDRESS.sub("0x…",
+                                               re.sub(r" at 0x[0-9a-f]+", "", ANSI.sub("", text))))
     def split(text):
         text = plain(text)
-        return [re.sub(r"[\s─━=-]+", " ", part).strip() for part in NUMBER.split(text)], NUMBER.findall(text)
+        return ([re.sub(r"[\s─━=-]+", " ", part).strip() for part in NUMBER.split(text)],
+                NUMBER.findall(text))
     (words, numbers), (words2, numbers2) = split(stored), split(fresh)
-    return words == words2 and len(numbers) == len(numbers2) and all(map(same_number, numbers, numbers2))
+    return (words == words2 and len(numbers) == len(numbers2)
+            and all(map(same_number, numbers, numbers2)))
 
 
 def same_number(a, b):
@@ -134,10 +153,12 @@ def same_number(a, b):
     if not re.search(r"[.eE]", a + b): return False
     x, y = (float(t.replace("−", "-").replace(",", "")) for t in (a, b))
     def unit(t):  # one unit of the last printed digit
-        mantissa, _, power = re.sub(r"[-−+]", "", t, count=1).replace(",", "").lower().partition("e")
+        mantissa, _, power = re.sub(r"[-−+]", "", t, count=1).replace(",",
+            "").lower().partition("e")
         return 10.0 ** (int(power or 0) - len(mantissa.partition(".")[2]))
     digits = min(len(re.sub(r"[eE].*|[-−+.,]", "", t).lstrip("0")) for t in (a, b))
-    return abs(x - y) <= max(5e-4 * max(abs(x), abs(y)), 1.001 * max(unit(a), unit(b)) if digits > 2 else 0)
+    return (abs(x - y) <= max(5e-4 * max(abs(x), abs(y)),
+                              1.001 * max(unit(a), unit(b)) if digits > 2 else 0))
 
 
 def image_size(data):
@@ -151,8 +172,10 @@ def merged(outputs):
     "Outputs with neighbouring pieces of one stream joined; stderr apart."
     out = []
     for o in outputs:
-        if o.output_type == "stream" and out and out[-1].output_type == "stream" and out[-1].name == o.name:
-            out[-1] = nbformat.from_dict({**out[-1], "text": as_text(out[-1].text) + as_text(o.text)})
+        if o.output_type == "stream" and out and out[-1].output_type == "stream" and out[
+                -1].name == o.name:
+            out[-1] = nbformat.from_dict({**out[-1],
+                                          "text": as_text(out[-1].text) + as_text(o.text)})
         else: out.append(o)
     return [o for o in out if not (o.output_type == "stream" and o.name == "stderr")]
 
@@ -168,34 +191,44 @@ def differences(cell, fresh):
             found.append(f"stored {as_text(a.text)[:600]!r}\n fresh {as_text(b.text)[:600]!r}")
         for mime in a.get("data", {}):
             if mime.startswith("image/png"):
-                if any(abs(m - n) > 4 for m, n in zip(image_size(a.data[mime]), image_size(b.data[mime]))): found.append("a picture of another size")
-            elif mime.startswith("text/") and not same_text(as_text(a.data[mime]), as_text(b.data[mime])):
-                found.append(f"{mime}: stored {as_text(a.data[mime])[:600]!r}\n fresh {as_text(b.data[mime])[:600]!r}")
+                if any(abs(m - n) > 4 for m, n in zip(image_size(a.data[mime]),
+                        image_size(b.data[mime]))):
+                    found.append("a picture of another size")
+            elif mime.startswith("text/") and not same_text(as_text(a.data[mime]),
+                    as_text(b.data[mime])):
+                found.append(f"{mime}: stored {as_text(a.data[mime])[:600]!r}\n fresh "
+                             f"{as_text(b.data[mime])[:600]!r}")
     return found
 
 
 def unrun(folder=NBS):
     "Every code cell that `make test` does not run: page, cell id, kind."
-    return [{"page": p.name, "cell": c.id, "kind": skipped(c)} for p in pages(folder) for c in read(p).cells if c.cell_type == "code" and skipped(c)]
+    return [{"page": p.name, "cell": c.id, "kind": skipped(c)} for p in pages(folder)
+            for c in read(p).cells if c.cell_type == "code" and skipped(c)]
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "ledger"])
     parser.add_argument("page", nargs="*", type=Path)
     parser.add_argument("--save", action="store_true", help="store the fresh outputs in the page")
-    parser.add_argument("--slow", action="store_true", help="run the slow cells as well; without names, only pages that have some")
+    parser.add_argument("--slow", action="store_true",
+                        help="run the slow cells as well; without names, only pages that have some")
     args = parser.parse_args(argv)
     if args.action == "ledger":
         print(json.dumps(unrun(), indent=1))
         return 0
     chosen = args.page or pages()
-    if args.slow and not args.page: chosen = [p for p in chosen if any(c.cell_type == "code" and skipped(c) == "slow" for c in read(p).cells)]
+    if args.slow and not args.page:
+        chosen = [p for p in chosen if any(c.cell_type == "code" and skipped(c) == "slow"
+                                           for c in read(p).cells)]
     bad = 0
     for path in chosen:
         done = run_page(path, slow=args.slow, timeout=7200 if args.slow else 600)
         bad += bool(done.error)
-        print(f"{done.page}: {done.cells} cells run, {done.left_out} left out, {done.checks} checks, {done.seconds:.0f} s{'  FAILED' if done.error else ''}", flush=True)
+        print(f"{done.page}: {done.cells} cells run, {done.left_out} left out, {done.checks} "
+              f"checks, {done.seconds:.0f} s{'  FAILED' if done.error else ''}", flush=True)
         if done.error: print(done.error, file=sys.stderr)
         elif args.save: save_outputs(path, done)
     if not chosen: print("0 notebooks", file=sys.stderr)
