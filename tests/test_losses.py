@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from dpo_literate import losses
-from dpo_literate.certificates import (at_one, example_inputs, relations_of, rest_of, slope_of,
-                                       start_of)
+from dpo_literate.certificates import at_one, example_inputs, relations_of, rest_of, slope_of, start_of
 from dpo_literate.losses import INPUTS, LOSSES, all_losses, divergence_score, dpo_loss, get_loss
 from dpo_literate.results import Refusal
 
@@ -42,8 +41,7 @@ def test_shifts_cancel_and_beta_only_scales(values, shift, factor):
     loss = dpo_loss(w, l, rw, rl)[0]
     for moved in ((w + shift, l + shift, rw, rl), (w, l, rw + shift, rl + shift)):
         assert abs(dpo_loss(*moved)[0] - loss) < 1e-11
-    assert (abs(dpo_loss(w / factor, l / factor, rw / factor, rl / factor, beta=.1 * factor)[0]
-                - loss) < 1e-11)
+    assert abs(dpo_loss(w / factor, l / factor, rw / factor, rl / factor, beta=.1 * factor)[0] - loss) < 1e-11
 
 
 @settings(max_examples=300, deadline=None)
@@ -51,8 +49,7 @@ def test_shifts_cancel_and_beta_only_scales(values, shift, factor):
 def test_smoothing_mixes_both_readings_of_the_label(values, epsilon):
     w, l, rw, rl = tensors(values)
     plain, swapped = dpo_loss(w, l, rw, rl)[0], dpo_loss(l, w, rl, rw)[0]
-    assert (abs(dpo_loss(w, l, rw, rl, label_smoothing=epsilon)[0] - (1 - epsilon) * plain
-                - epsilon * swapped) < 1e-11)
+    assert abs(dpo_loss(w, l, rw, rl, label_smoothing=epsilon)[0] - (1 - epsilon) * plain - epsilon * swapped) < 1e-11
 
 
 @pytest.mark.parametrize("gap,loss,slope", [(1e4, 0., 0.), (-1e4, 1000., -.1)])
@@ -62,12 +59,10 @@ def test_huge_margins_stay_finite(gap, loss, slope):
         zero = torch.zeros(1, dtype=dtype)
         out = dpo_loss(w, zero, zero, zero)[0]
         out.sum().backward()
-        assert (out.item() == pytest.approx(loss, abs=1e-6)
-                and w.grad.item() == pytest.approx(slope, abs=1e-7))
+        assert out.item() == pytest.approx(loss, abs=1e-6) and w.grad.item() == pytest.approx(slope, abs=1e-7)
 
 
-@pytest.mark.parametrize("beta,gap,slope",
-                         [(.1, 0., -.05), (.1, 2., -.045016600269), (.5, -3., -.408787238097)])
+@pytest.mark.parametrize("beta,gap,slope", [(.1, 0., -.05), (.1, 2., -.045016600269), (.5, -3., -.408787238097)])
 def test_gradient_by_the_book(beta, gap, slope):
     w = torch.tensor([gap], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(1, dtype=torch.float64)
@@ -82,11 +77,10 @@ def test_equal_replies_give_exactly_no_gradient():
     assert loss.item() == math.log(2) and y.grad.item() == 0.
 
 
-# ------------------------------------------------ four certificates, for every loss of the register
+# ------------------------------------------------------------ four certificates, for every loss of the register
 
 def test_the_register_is_complete(record_property):
-    """The count is printed (`pytest -s`) and recorded; a loss without its certificates fails
-    below, not here."""
+    "The count is printed (`pytest -s`) and recorded; a loss without its certificates fails below, not here."
     record_property("losses", len(NAMES))
     print(f"{len(NAMES)} losses: {', '.join(NAMES)}")
     assert len(NAMES) >= 30
@@ -96,8 +90,7 @@ def test_the_register_is_complete(record_property):
 def test_a_registered_loss_is_described(name):
     loss = LOSSES[name]
     assert loss.formula and loss.title and loss.source.startswith("arXiv:")
-    assert (loss.slope is not None and loss.optimum is not None
-            and loss.relations), f"{name} has no certificates"
+    assert loss.slope is not None and loss.optimum is not None and loss.relations, f"{name} has no certificates"
     assert set(loss.needs) <= set(INPUTS) and loss.quantity in ("sum", "mean") and loss.fn.__doc__
     out = loss(example_inputs(7))
     assert len(out) == (3 if loss.paired else 2) and all(o.shape == (7,) for o in out)
@@ -107,16 +100,14 @@ def test_a_registered_loss_is_described(name):
 def test_certificate_1_constant_at_the_start(name):
     loss, found = LOSSES[name], start_of(LOSSES[name], example_inputs(50, seed=3))
     claimed = None if loss.at_init is None else loss.at_init()
-    if claimed is None:
-        assert found.std() > .01, f"{name} claims no constant and has one: {found[0]}"
+    if claimed is None: assert found.std() > .01, f"{name} claims no constant and has one: {found[0]}"
     else: assert (found - claimed).abs().max() <= 1e-10 * max(1, abs(claimed))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_certificate_2_slope_at_the_start(name):
     for settings_ in ({}, at_one(LOSSES[name])):
-        found, claimed = (slope_of(LOSSES[name], **settings_),
-                          LOSSES[name].slope(n=(5, 5), logp=-1., **settings_))
+        found, claimed = slope_of(LOSSES[name], **settings_), LOSSES[name].slope(n=(5, 5), logp=-1., **settings_)
         assert found == pytest.approx(claimed, rel=1e-10, abs=1e-12)
 
 
@@ -125,8 +116,7 @@ def test_certificate_2_slope_at_the_start(name):
 def test_certificate_3_rest(name, wins, losses):
     loss, n = LOSSES[name], (6, 4)
     claimed = loss.optimum(wins / (wins + losses), n=n, **at_one(loss))
-    assert (rest_of(loss, wins, losses, n, **at_one(loss))
-            == pytest.approx(claimed, abs=2e-5, rel=2e-5))
+    assert rest_of(loss, wins, losses, n, **at_one(loss)) == pytest.approx(claimed, abs=2e-5, rel=2e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,36 +127,28 @@ def test_certificate_4_relations(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_agrees_with_differences(name):
     loss, inputs = LOSSES[name], example_inputs(5, seed=11)
-    # away from kinks and ties
-    inputs |= {k: inputs[k] + .013 * torch.arange(5) for k in inputs if k.startswith("policy")}
+    inputs |= {k: inputs[k] + .013 * torch.arange(5) for k in inputs if k.startswith("policy")}  # away from kinks and ties
     keys = [k for k in inputs if k.startswith("policy") and k in loss.needs]
-    # β-DPO's β held at its floor: it takes no gradient
-    if "gap_mean" in loss.needs: inputs["gap_mean"] = torch.tensor(1e3).double()
+    if "gap_mean" in loss.needs: inputs["gap_mean"] = torch.tensor(1e3).double()  # β-DPO's β held at its floor: it takes no gradient
     leaves = [inputs[k].clone().clamp(max=-.1).requires_grad_() for k in keys]
-    assert torch.autograd.gradcheck(lambda *new: loss(inputs | dict(zip(keys, new)))[0], leaves,
-                                    eps=1e-6, atol=1e-6, rtol=1e-5)
+    assert torch.autograd.gradcheck(lambda *new: loss(inputs | dict(zip(keys, new)))[0], leaves, eps=1e-6, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_finite_at_ten_thousand_nats(name):
     for dtype in (torch.float32, torch.float64):
-        inputs = {k: v.to(dtype) if v.is_floating_point() else v
-                  for k, v in example_inputs(5).items()}
-        far, keys = (torch.tensor([-1e4, 0., -1e4, 0., -200.], dtype=dtype),
-                     [k for k in inputs if k.startswith("policy")])
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in example_inputs(5).items()}
+        far, keys = torch.tensor([-1e4, 0., -1e4, 0., -200.], dtype=dtype), [k for k in inputs if k.startswith("policy")]
         for turn in range(5):
-            leaves = {k: far.roll(turn * (i + 1)).clone().requires_grad_()
-                      for i, k in enumerate(keys)}
+            leaves = {k: far.roll(turn * (i + 1)).clone().requires_grad_() for i, k in enumerate(keys)}
             loss = LOSSES[name](inputs | leaves)[0]
-            grads = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True,
-                                        materialize_grads=True)
+            grads = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
             assert loss.isfinite().all() and all(g.isfinite().all() for g in grads)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_reply_of_no_tokens_is_no_division_by_zero(name):
-    inputs = (example_inputs(3) | dict(chosen_lengths=torch.zeros(3).double(),
-                                       policy_chosen_logps=torch.zeros(3).double()))
+    inputs = example_inputs(3) | dict(chosen_lengths=torch.zeros(3).double(), policy_chosen_logps=torch.zeros(3).double())
     assert LOSSES[name](inputs)[0].isfinite().all()
 
 
@@ -174,8 +156,7 @@ def test_a_reply_of_no_tokens_is_no_division_by_zero(name):
 def test_the_reference_gets_no_gradient_it_did_not_ask_for(name):
     "Weights, baselines and running means are numbers: nothing flows into them."
     inputs = example_inputs(4)
-    extra = {k: inputs[k].clone().requires_grad_()
-             for k in ("chosen_wpo", "rejected_wpo") if k in LOSSES[name].needs}
+    extra = {k: inputs[k].clone().requires_grad_() for k in ("chosen_wpo", "rejected_wpo") if k in LOSSES[name].needs}
     if extra: assert not LOSSES[name](inputs | extra)[0].requires_grad
 
 
@@ -185,21 +166,17 @@ def test_the_reference_gets_no_gradient_it_did_not_ask_for(name):
 @pytest.mark.parametrize("name", [n for n in NAMES if all_losses()[n].divergence])
 def test_a_divergence_moves_the_policy_not_the_margin(name, kind):
     loss, more = LOSSES[name], dict(f_divergence_type=kind)
-    if loss.at_init() is not None:
-        assert (start_of(loss, example_inputs(9), **more) - loss.at_init()).abs().max() < 1e-9
-    assert (rest_of(loss, 13, 7, n=(1, 1), beta=.3, **more)
-            == pytest.approx(loss.optimum(.65, n=(1, 1), beta=.3, **more), abs=2e-5))
+    if loss.at_init() is not None: assert (start_of(loss, example_inputs(9), **more) - loss.at_init()).abs().max() < 1e-9
+    assert rest_of(loss, 13, 7, n=(1, 1), beta=.3, **more) == pytest.approx(loss.optimum(.65, n=(1, 1), beta=.3, **more), abs=2e-5)
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scores_never_overflow(kind, dtype):
-    u = torch.tensor([-1e4, -200., -88.8, -30.5, -1., 0., 1., 200., 1e4], dtype=dtype,
-                     requires_grad=True)
+    u = torch.tensor([-1e4, -200., -88.8, -30.5, -1., 0., 1., 200., 1e4], dtype=dtype, requires_grad=True)
     score = divergence_score(u, kind)
     grad, = torch.autograd.grad(score.sum(), u)
-    assert (score.isfinite().all() and (score**2).isfinite().all() and grad.isfinite().all()
-            and (grad >= 0).all())
+    assert score.isfinite().all() and (score**2).isfinite().all() and grad.isfinite().all() and (grad >= 0).all()
     assert (score.diff() >= 0).all() and score[5] == 0.
 
 
@@ -209,37 +186,26 @@ def test_scores_by_the_book(u, alpha):
     exact = u if abs(alpha - 1) < 1e-6 else math.expm1((alpha - 1) * u) / (alpha - 1)
     if (alpha - 1) * u > 30: return
     t = torch.tensor([u], dtype=torch.float64)
-    assert (divergence_score(t, "alpha_divergence", alpha).item()
-            == pytest.approx(exact, rel=1e-10, abs=1e-12))
-    assert (divergence_score(t, "forward_kl").item()
-            == pytest.approx(1 - math.exp(-u), rel=1e-10, abs=1e-12))
-    assert (divergence_score(t, "js_divergence").item()
-            == pytest.approx(math.log(2 / (1 + math.exp(-u))), rel=1e-9, abs=1e-12))
+    assert divergence_score(t, "alpha_divergence", alpha).item() == pytest.approx(exact, rel=1e-10, abs=1e-12)
+    assert divergence_score(t, "forward_kl").item() == pytest.approx(1 - math.exp(-u), rel=1e-10, abs=1e-12)
+    assert divergence_score(t, "js_divergence").item() == pytest.approx(math.log(2 / (1 + math.exp(-u))), rel=1e-9, abs=1e-12)
 
 
 def test_unknown_divergences_and_losses_without_one_are_refused():
-    with pytest.raises(Refusal, match="use reverse_kl"):
-        LOSSES["sigmoid"](example_inputs(2), f_divergence_type="hellinger")
-    with pytest.raises(Refusal, match="no setting 'f_divergence_type'"):
-        LOSSES["nca_pair"](example_inputs(2), f_divergence_type="forward_kl")
+    with pytest.raises(Refusal, match="use reverse_kl"): LOSSES["sigmoid"](example_inputs(2), f_divergence_type="hellinger")
+    with pytest.raises(Refusal, match="no setting 'f_divergence_type'"): LOSSES["nca_pair"](example_inputs(2), f_divergence_type="forward_kl")
 
 
 # ------------------------------------------------------------ the register itself
 
-@pytest.mark.parametrize("bad,said", [(dict(beta=0.), "beta"), (dict(beta=-1.), "beta"),
-                                      (dict(beta=float("nan")), "beta"),
-                                      (dict(beta=float("inf")), "beta"),
-                                      (dict(label_smoothing=.6), "label_smoothing"),
-                                      (dict(label_smoothing=-.1), "label_smoothing"),
-                                      (dict(bta=.1), "bta")])
+@pytest.mark.parametrize("bad,said", [(dict(beta=0.), "beta"), (dict(beta=-1.), "beta"), (dict(beta=float("nan")), "beta"), (dict(beta=float("inf")), "beta"),
+                                      (dict(label_smoothing=.6), "label_smoothing"), (dict(label_smoothing=-.1), "label_smoothing"), (dict(bta=.1), "bta")])
 def test_settings_without_meaning_are_refused(bad, said):
     with pytest.raises(Refusal, match=said): LOSSES["sigmoid"](names((0., 0., 0., 0.)), **bad)
 
 
 def test_missing_inputs_and_unknown_names_are_named():
-    with pytest.raises(Refusal, match="ref_chosen_logps"):
-        LOSSES["sigmoid"]({"policy_chosen_logps": torch.zeros(1),
-                           "policy_rejected_logps": torch.zeros(1)})
+    with pytest.raises(Refusal, match="ref_chosen_logps"): LOSSES["sigmoid"]({"policy_chosen_logps": torch.zeros(1), "policy_rejected_logps": torch.zeros(1)})
     with pytest.raises(Refusal, match="chosen_lengths"): LOSSES["simpo"](names((0., 0., 0., 0.)))
     with pytest.raises(Refusal, match="policy_logps"): LOSSES["kto"](names((0., 0., 0., 0.)))
     with pytest.raises(Refusal, match="did you mean .*sigmoid"): get_loss("sigmoud")
@@ -247,21 +213,16 @@ def test_missing_inputs_and_unknown_names_are_named():
 
 def test_a_name_is_registered_once():
     def other(policy_chosen_logps, beta=.1): return policy_chosen_logps
-    with pytest.raises(ValueError, match="already"):
-        losses.register_loss("sigmoid", formula="x", source="arXiv:0", title="x",
-                             at_init=None)(other)
+    with pytest.raises(ValueError, match="already"): losses.register_loss("sigmoid", formula="x", source="arXiv:0", title="x", at_init=None)(other)
     def no_default(policy_chosen_logps, tau): return policy_chosen_logps
-    with pytest.raises(TypeError, match="tau"):
-        losses.register_loss("x", formula="x", source="arXiv:0", title="x",
-                             at_init=None)(no_default)
+    with pytest.raises(TypeError, match="tau"): losses.register_loss("x", formula="x", source="arXiv:0", title="x", at_init=None)(no_default)
     assert "x" not in LOSSES
 
 
 def test_later_pages_are_found_by_name_and_only_then():
     "Importing `losses` alone knows two losses; the first unknown name brings in the rest."
     code = ("import sys\nfrom dpo_literate.losses import LOSSES, get_loss\n"
-            "assert sorted(LOSSES) == ['ipo_sum', 'sigmoid'] and 'dpo_literate.variants' not in "
-            "sys.modules\n"
+            "assert sorted(LOSSES) == ['ipo_sum', 'sigmoid'] and 'dpo_literate.variants' not in sys.modules\n"
             "get_loss('sigmoid'); assert 'dpo_literate.variants' not in sys.modules\n"
             "assert get_loss('hinge').name == 'hinge' and get_loss('kto').name == 'kto'\n")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
@@ -273,20 +234,11 @@ def test_a_wrong_certificate_is_seen(what):
     import dataclasses
     good = LOSSES["sigmoid"]
     bad = dataclasses.replace(good, fn=lambda chosen_logratio, rejected_logratio, beta=.1: {
-        "sign": (torch.nn.functional.softplus(beta * (chosen_logratio - rejected_logratio)),)
-        + (beta * chosen_logratio, beta * rejected_logratio),
-        "constant": (torch.nn.functional.softplus(-beta * (chosen_logratio - rejected_logratio))
-                     + .01,) + (beta * chosen_logratio, beta * rejected_logratio),
-        "rest": (torch.nn.functional.softplus(-beta * (chosen_logratio - rejected_logratio) + .1),)
-        + (beta * chosen_logratio, beta * rejected_logratio),
-        "relation": (torch.nn.functional.softplus(-beta
-                                                  * (chosen_logratio - .99 * rejected_logratio)),)
-                                                  + (beta * chosen_logratio,
-                                                      beta * rejected_logratio)}[what],
+        "sign": (torch.nn.functional.softplus(beta * (chosen_logratio - rejected_logratio)),) + (beta * chosen_logratio, beta * rejected_logratio),
+        "constant": (torch.nn.functional.softplus(-beta * (chosen_logratio - rejected_logratio)) + .01,) + (beta * chosen_logratio, beta * rejected_logratio),
+        "rest": (torch.nn.functional.softplus(-beta * (chosen_logratio - rejected_logratio) + .1),) + (beta * chosen_logratio, beta * rejected_logratio),
+        "relation": (torch.nn.functional.softplus(-beta * (chosen_logratio - .99 * rejected_logratio)),) + (beta * chosen_logratio, beta * rejected_logratio)}[what],
         hyper={"beta": .1}, needs=INPUTS[:4])
-    checks = dict(sign=lambda: slope_of(bad) == pytest.approx(good.slope()),
-                  constant=lambda: (start_of(bad, example_inputs(5)) - math.log(2)).abs().max()
-                  < 1e-10,
-                  rest=lambda: rest_of(bad, beta=1.) == pytest.approx(good.optimum(.8), abs=1e-5),
-                  relation=lambda: "level" in relations_of(bad))
+    checks = dict(sign=lambda: slope_of(bad) == pytest.approx(good.slope()), constant=lambda: (start_of(bad, example_inputs(5)) - math.log(2)).abs().max() < 1e-10,
+                  rest=lambda: rest_of(bad, beta=1.) == pytest.approx(good.optimum(.8), abs=1e-5), relation=lambda: "level" in relations_of(bad))
     assert not checks[what]()
