@@ -19,7 +19,7 @@ def in_full(
     "Float32 or better, in which the sum over a vocabulary is exact enough."
     return x if x.dtype == torch.float64 else x.float()
 
-# %% ../nbs/07_logps.ipynb #facad657
+# %% ../nbs/07_logps.ipynb #5ddc6fe8
 def token_logps(
     logits:Tensor,    # scores of the next token, shape (B,T,V)
     input_ids:Tensor, # the text, shape (B,T)
@@ -58,7 +58,7 @@ class Batch:
         return replace(self, **{k: v.to(device) for k, v in tensors.items()})
 
 # %% ../nbs/07_logps.ipynb #547eac1e
-def scored(
+def scoring_positions(
     replies:list, # (prompt, reply, weights or None), one a padded row
     T:int,        # length of a row
 )->tuple:         # score_at, targets, owner, token_weights of a `Batch`
@@ -94,7 +94,7 @@ def pad_rows(
         ids[i, :n], keep[i, :n] = torch.tensor(prompt + reply), 1
     positions = torch.arange(T).expand_as(ids) * keep
     segments = keep * torch.arange(1, len(ids) + 1)[:, None]
-    at, targets, owner, weights = scored(replies, T)
+    at, targets, owner, weights = scoring_positions(replies, T)
     return Batch(ids, positions, segments, keep, at, targets, torch.tensor(there)[owner],
                  weights, n_pairs=B, rows=list(rows))
 
@@ -315,7 +315,7 @@ def head_rules(config)->dict:
 
 # %% ../nbs/07_logps.ipynb #dba7dea5
 @contextlib.contextmanager
-def set_for_now(
+def temporary_attributes(
     things:list,  # objects
     values:dict,  # attribute -> value it has inside the block, where it is a number
 ):
@@ -330,7 +330,7 @@ def set_for_now(
 
 # %% ../nbs/07_logps.ipynb #ddb5d752
 @contextlib.contextmanager
-def forward_for_now(
+def temporary_forward(
     modules:list, # of a model
     answer,       # (module, hidden) -> what its forward gives inside the block
 ):
@@ -357,7 +357,7 @@ def head_answers(
     def reply(m, hidden):
         return answer(hidden, m.weight, getattr(m, "bias", None), **rules)
     heads = [m for m in head.modules() if isinstance(m, nn.Linear)] or [head]
-    with set_for_now([config, base], _SCALES), forward_for_now(heads, reply):
+    with temporary_attributes([config, base], _SCALES), temporary_forward(heads, reply):
         yield
 
 # %% ../nbs/07_logps.ipynb #3bda738a

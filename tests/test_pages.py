@@ -1,4 +1,5 @@
 "Every page runs top to bottom in a fresh process, and shows again what it has stored."
+import ast
 import json
 import os
 import shutil
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 from tools import pages
 
@@ -46,14 +48,42 @@ def test_page_runs_and_shows_what_it_stored(path, desk, record_property):
     nb = pages.read(path)
     code = [c for c in nb.cells if c.cell_type == "code" and c.source.strip()]
     assert done.cells + done.left_out == len(code), "a cell was neither run nor left out"
-    off = [f"cell {c.id}: {d}" for c in code if c.id in done.outputs
-           for d in pages.differences(c, done.outputs[c.id])]
+    off = pages.off_page(path, done)
     again = f"python -m tools.pages run nbs/{path.name} --save"
     assert not off, (f"{path.name}: stored outputs are not what a fresh run shows ({again}):\n"
                      + "\n".join(off))
     after = listing(desk)
     assert after == before, (f"{path.name} left files behind or changed some: "
                              f"{sorted(set(after.items()) ^ set(before.items()))}")
+
+
+# Pages that train in float32, by the module they export; the rest by `tools.pages run --isa`.
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("module,isa,threads", [("reward_model", "default", "1"),
+                                                ("frontier_cells", "avx2", "2")])
+def test_a_page_shows_the_same_on_another_cpu(module, isa, threads, desk):
+    path, = (p for p in PAGES for c in pages.read(p).cells if c.cell_type == "code"
+             and pages.directives(c.source).get("default_exp") == module)
+    env = {"HF_HUB_OFFLINE": "1", "DPO_LITERATE_DATA": str(DATA), "OMP_NUM_THREADS": threads}
+    done = pages.run_page(path, cwd=desk, env=env | pages.ISA[isa])
+    assert not done.error, done.error
+    assert not (off := pages.off_page(path, done)), "\n".join(off)
+
+
+def test_another_cpu_computes_otherwise(tmp_path):
+    "The variables arrive in the kernel and change how it adds: else the test above says nothing."
+    source = ("import torch\na = (torch.arange(300 * 300.) * .37).sin().view(300, 300)\n"
+              "torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), "
+              "(a @ a).tolist()[3]")
+    nbformat.write(page_of(source), tmp_path / "p.ipynb")
+    said = {}
+    for isa in ("default", "avx2"):
+        env = {"OMP_NUM_THREADS": "2", **pages.ISA[isa]}
+        done = pages.run_page(tmp_path / "p.ipynb", cwd=tmp_path, env=env)
+        (output,), = done.outputs.values()
+        said[isa] = ast.literal_eval(output.data["text/plain"])
+    assert said["default"][:2] == ("DEFAULT", 2)
+    if torch.backends.mkl.is_available(): assert said["default"][2] != said["avx2"][2]
 
 
 def test_enough_is_run():

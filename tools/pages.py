@@ -2,6 +2,8 @@
 
     python -m tools.pages run [PAGE ...] [--save] [--slow]    run pages; --save stores the fresh
     outputs
+    python -m tools.pages run [PAGE ...] --isa default|avx2 [--threads N]
+                                                              as another CPU would, and compare
     python -m tools.pages ledger                              cells that do not run, as
     tests/ledger.json should list them
 """
@@ -201,6 +203,21 @@ def differences(cell, fresh):
     return found
 
 
+def off_page(path, done):
+    "What a run of a page showed otherwise than the page has stored, a line a difference."
+    cells = {c.id: c for c in read(path).cells}
+    return [f"cell {name}: {line}" for name, fresh in done.outputs.items()
+            for line in differences(cells[name], fresh)]
+
+
+# Other CPUs, as far as one CPU can play them: PyTorch's own loops, bf16 products (oneDNN) and
+# float32 products (MKL). A sum in another order moves a number's last digits, and training carries
+# them forward: what a page prints must not show it. Another number of threads does the same.
+ISA = {"default": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "AVX2",
+                   "MKL_CBWR": "COMPATIBLE"},
+       "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"}}
+
+
 def unrun(folder=NBS):
     "Every code cell that `make test` does not run: page, cell id, kind."
     return [{"page": p.name, "cell": c.id, "kind": skipped(c)} for p in pages(folder)
@@ -215,7 +232,12 @@ def main(argv=None):
     parser.add_argument("--save", action="store_true", help="store the fresh outputs in the page")
     parser.add_argument("--slow", action="store_true",
                         help="run the slow cells as well; without names, only pages that have some")
+    parser.add_argument("--isa", choices=sorted(ISA), help="compute with other instructions, "
+                        "and compare with what is stored")
+    parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of the pages' processes")
     args = parser.parse_args(argv)
+    if args.save and (args.isa or args.threads):
+        parser.error("--save stores what this CPU shows: not together with --isa or --threads")
     if args.action == "ledger":
         print(json.dumps(unrun(), indent=1))
         return 0
@@ -223,14 +245,17 @@ def main(argv=None):
     if args.slow and not args.page:
         chosen = [p for p in chosen if any(c.cell_type == "code" and skipped(c) == "slow"
                                            for c in read(p).cells)]
+    env = ISA.get(args.isa, {}) | ({"OMP_NUM_THREADS": str(args.threads)} if args.threads else {})
     bad = 0
     for path in chosen:
-        done = run_page(path, slow=args.slow, timeout=7200 if args.slow else 600)
-        bad += bool(done.error)
-        print(f"{done.page}: {done.cells} cells run, {done.left_out} left out, {done.checks} "
-              f"checks, {done.seconds:.0f} s{'  FAILED' if done.error else ''}", flush=True)
-        if done.error: print(done.error, file=sys.stderr)
-        elif args.save: save_outputs(path, done)
+        done = run_page(path, slow=args.slow, timeout=7200 if args.slow else 600, env=env)
+        off = off_page(path, done) if env and not done.error else []
+        bad += bool(done.error or off)
+        said = "  FAILED" if done.error else f"  {len(off)} DIFFERENT" if off else ""
+        print(f"{done.page}: {done.cells} cells run, {done.left_out} left out, "
+              f"{done.checks} checks, {done.seconds:.0f} s{said}", flush=True)
+        for line in [done.error] * bool(done.error) + off: print(line, file=sys.stderr)
+        if args.save and not done.error: save_outputs(path, done)
     if not chosen: print("0 notebooks", file=sys.stderr)
     return 1 if bad or not chosen and not args.slow else 0
 
