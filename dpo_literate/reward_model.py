@@ -193,12 +193,12 @@ class RewardTrainer(PreferenceTrainer):
         if train_dataset is None: raise Refusal("train_dataset is missing")
         name = model if isinstance(model, (str, Path)) else unwrapped(model).name_or_path
         tokenizer = processing_class or load_tokenizer(name)
-        rows, counts = prepare_rows(train_dataset, tokenizer, args)
+        rows, counts, notes = prepare_rows(train_dataset, tokenizer, args)
         held = None if eval_dataset is None else prepare_rows(eval_dataset, tokenizer, args)[0]
         model = make_scorer(model, peft_config)
         check_ids(rows, model)
         super().__init__(model, args, rows, reward_objective(args.centring), EndScorer(), held,
-                         tokenizer, counts=dict(train=counts), layout_check=packs_exactly,
+                         tokenizer, counts=dict(train=counts), notes=notes, layout_check=packs_exactly,
                          callbacks=callbacks, optimizers=optimizers)
 
 # %% ../nbs/12_reward_model.ipynb #559ff243
