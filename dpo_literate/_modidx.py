@@ -481,6 +481,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'dpo_literate.inputs.start_tolerance': ('inputs.html#start_tolerance', 'dpo_literate/inputs.py'),
                                      'dpo_literate.inputs.tokenizer_of': ('inputs.html#tokenizer_of', 'dpo_literate/inputs.py')},
             'dpo_literate.layouts': { 'dpo_literate.layouts._beside': ('layouts.html#_beside', 'dpo_literate/layouts.py'),
+                                      'dpo_literate.layouts._called': ('layouts.html#_called', 'dpo_literate/layouts.py'),
                                       'dpo_literate.layouts._clean': ('layouts.html#_clean', 'dpo_literate/layouts.py'),
                                       'dpo_literate.layouts._fold': ('layouts.html#_fold', 'dpo_literate/layouts.py'),
                                       'dpo_literate.layouts._folded': ('layouts.html#_folded', 'dpo_literate/layouts.py'),

@@ -164,7 +164,8 @@ Audit.table = _table
 
 # %% ../nbs/05c_audit.ipynb #d9307b5c
 _DROPPED = ("identical", "empty reply", "blank reply")   # what encoding can leave out
-_REMEDY = {"control text": "take it out, or say --control-text text: it stays text",
+_REMEDY = {"control text": "take it out, or say --control-text text",
+           "one class": "add replies of the other label",
            **dict.fromkeys(_DROPPED, "take them out, or say --identical drop")}
 
 def _objections(

@@ -9,7 +9,7 @@ __all__ = ['rename', 'columns_of', 'lay_out', 'leftover']
 import difflib, re
 from collections import Counter
 from functools import lru_cache
-from .preferences import COLUMNS, OPTIONAL, SINGLE, parse_json
+from .preferences import COLUMNS, OPTIONAL, ROLES, SINGLE, parse_json
 from .results import Refusal
 
 # %% ../nbs/05a_layouts.ipynb #3de8419b
@@ -150,17 +150,28 @@ def _named(row, did):
 # %% ../nbs/05a_layouts.ipynb #e36f81d5
 SPEAKERS = dict(human="user", user="user", prompter="user", system="system",
                 gpt="assistant", chatgpt="assistant", assistant="assistant",
-                bot="assistant", model="assistant", observation="tool", tool="tool")
+                bot="assistant", model="assistant", ai="assistant",
+                observation="tool", tool="tool", function_call="assistant")
+
+def _called(text, where):
+    "A call that was written as text: a name and its arguments."
+    call = parse_json(text, where) if isinstance(text, str) else text
+    if isinstance(call, dict) and isinstance(call.get("name"), str):
+        return [{"type": "function", "function": call}]
+    raise Refusal(f"{where}: a function_call is an object with name and arguments")
 
 def _translated(m, where):
     "A message of a ShareGPT file as role and content; others as they are."
-    if not isinstance(m, dict) or "role" in m or not {"from", "value"} <= set(m):
-        return m
-    role = SPEAKERS.get(str(m["from"]).lower())
-    if role is None: raise Refusal(f"{where}: unknown speaker {str(m['from'])[:40]!r}; "
-                                   f"use one of {', '.join(SPEAKERS)}")
+    if not isinstance(m, dict): return m
+    if "role" in m: return {**m, "role": SPEAKERS.get(str(m["role"]), m["role"])}
+    if not {"from", "value"} <= set(m): return m
+    who, value = str(m["from"]).lower(), m["value"]
+    if who not in SPEAKERS: raise Refusal(f"{where}: unknown speaker {who[:40]!r}; "
+                                          f"use one of {', '.join(SPEAKERS)}")
     rest = {k: v for k, v in m.items() if k not in ("from", "value")}
-    return {"role": role, "content": m["value"], **rest}
+    if who == "function_call":
+        return {"role": "assistant", "tool_calls": _called(value, where), **rest}
+    return {"role": SPEAKERS[who], "content": value, **rest}
 
 # %% ../nbs/05a_layouts.ipynb #d8c52b07
 _WRITTEN = re.compile(r"""\s*(\[\s*)?\{\s*(?P<q>\\?["'])"""
@@ -277,7 +288,7 @@ def _with_history(row, where):
 
 # %% ../nbs/05a_layouts.ipynb #1a7cf9e3
 RANKED = ("answers", "completions", "responses", "generations", "outputs", "output",
-          "candidates", "replies")
+          "candidates", "replies", "summaries")
 
 def _ranked(row, where):
     "Refuse a list of answers, and say how two of them are named."
@@ -299,7 +310,9 @@ def _sides(row, where):
     for k, v in row.items():
         side = re.fullmatch(r"(\w+?)[_-]?([abAB012])", str(k))
         if side and isinstance(v, (str, list)): stems.setdefault(side[1], []).append(k)
-    two = next((names for names in stems.values() if len(names) == 2), None)
+    length = lambda names: sum(len(str(row[k])) for k in names)
+    twos = [names for names in stems.values() if len(names) == 2]
+    two = max(twos, key=length, default=None)          # not the names of two models
     if two: raise Refusal(
         f"{where}: {two[0]} and {two[1]} are two replies, and which was preferred stands "
         "elsewhere: write columns chosen and rejected from the verdict, or say columns "
@@ -318,7 +331,7 @@ def _tools_within(row, where):
 def _clean(value):
     "Is it a text that is no list, or a list of messages? Then there is nothing to do."
     if isinstance(value, str): return value[:1] not in ("[", "{", " ", "\n")
-    return isinstance(value, list) and all(isinstance(m, dict) and "role" in m
+    return isinstance(value, list) and all(isinstance(m, dict) and m.get("role") in ROLES
                                            for m in value)
 
 # %% ../nbs/05a_layouts.ipynb #e14c8a7f
@@ -346,7 +359,7 @@ def leftover(
     row=(),  # a row as it was read: what it has is not meant by another name
 )->str|None: # a sentence, or None where nothing is left over
     "Columns that nothing reads, each with the name that may be meant."
-    open_ = [k for k in KNOWN if k not in row and k not in (*names, "images")
+    open_ = [k for k in KNOWN if k not in row and k not in (*names, "id", "images")
              and (k not in SINGLE or "chosen" not in row)]
     said = []
     for name in names:

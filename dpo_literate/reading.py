@@ -503,7 +503,8 @@ def _one(row, where, columns, kind, images, did):
     pair = (canonical_reply if single else canonical)(row, where, did)
     if not images: _no_pictures(pair, row, where)
     said, used = ({}, []) if single else _verdict(row)
-    left = [k for k in row if k not in pair and k not in _TAKEN and k not in used]
+    left = [k for k, v in row.items() if k not in pair and k not in _TAKEN
+            and k not in used and v is not None]
     return pair | said, left
 
 # %% ../nbs/05b_reading.ipynb #7ad3e852
@@ -652,7 +653,7 @@ def _preferences(pairs, name, hashes, left, did, said):
     "The pairs, with hash, counts and notices."
     over = leftover(left, pairs[0])
     notices = [*said, *_did(did, pairs), *_steering(pairs), *([over] if over else [])]
-    prefs = Preferences(pairs, name, "", left, {"rows": len(pairs), **did}, hashes,
+    prefs = Preferences(pairs, name, "", left, {"rows": len(pairs), **+did}, hashes,
                         [inert(n) for n in notices])
     shas = list(hashes.values()) or [prefs.order_sha256]
     prefs.sha256 = shas[0] if len(shas) == 1 else _hash_of(shas)

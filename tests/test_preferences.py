@@ -322,6 +322,7 @@ def test_columns_that_nothing_reads_are_named_once_with_the_nearest_name():
     assert leftover([]) is None and leftover(["prompt_id"], P) == \
         "columns that nothing reads: prompt_id"
     assert load_preferences([{**P, "label": 1}]).ignored_columns == ["label"]
+    assert load_preferences([{**P, "messages": None}]).ignored_columns == []
     assert prefs.notices[0] in check_preferences(prefs).table()
 
 
@@ -439,6 +440,21 @@ def test_layouts_of_labelled_replies(name):
     assert (row["prompt"], row["completion"], row["label"]) == ([U("q")], [A("good")], True)
 
 
+def test_speakers_by_other_names():
+    said = load_preferences([{"prompt": [{"role": "human", "content": "q"}],
+                              "chosen": [{"role": "ai", "content": "good"}],
+                              "rejected": [{"role": "model", "content": "bad"}]}])
+    assert content(said[0]) == CHAT
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'}
+    row = {"conversations": [H("q"), call, {"from": "observation", "value": "3"}],
+           "chosen": G("good"), "rejected": G("bad")}
+    prompt = load_preferences([row])[0]["prompt"]
+    assert [m["role"] for m in prompt] == ["user", "assistant", "tool"]
+    assert prompt[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    row["conversations"][1]["value"] = "f(a=1)"
+    assert "not a JSON row" in refused(load_preferences, [row])
+
+
 def test_history_comes_before_the_prompt():
     row = {"instruction": "q", "input": "", "history": [["a", "b"], ["c", "d"]], "system": "s",
            "chosen": "good", "rejected": "bad"}
@@ -462,7 +478,9 @@ def test_history_comes_before_the_prompt():
     ({"prompt": "q", "response_a": "a", "response_b": "b", "winner": "model_a"},
      "columns chosen=response_a rejected=response_b"),
     ({"context": [U("q")], "response1": "a", "response2": "b", "overall_preference": 2},
-     "response1 and response2 are two replies")])
+     "response1 and response2 are two replies"),
+    ({"model_a": "x", "model_b": "y", "winner": "model_a", "conversation_a": [U("q"), A("a")],
+      "conversation_b": [U("q"), A("b")]}, "conversation_a and conversation_b are two")])
 def test_what_is_not_certain_is_refused_with_its_remedy(row, words, tmp_path):
     said = refused(load_preferences, lines(tmp_path, [row]))
     assert "f.jsonl:1" in said and words in said
