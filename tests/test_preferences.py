@@ -166,6 +166,12 @@ def test_conversations_beside_their_prompt(prompt, replies, first):
     assert prompt is None or prefs.counts["prompt repeated"] == 1 and prefs.notices
 
 
+def test_blanks_at_the_end_of_a_shared_turn_do_not_part_two_conversations():
+    row = {"prompt": LONG, "chosen": [U(LONG + "\n"), A("good")],
+           "rejected": [U(LONG), A("bad")]}
+    assert load_preferences([row])[0]["rejected"] == [A("bad")]
+
+
 def test_a_prompt_of_several_turns_is_found_in_its_conversation():
     talk = [U("Hello there."), A("Hi."), U(LONG)]
     row = {"chosen": talk + [A("good")], "rejected": talk + [A("bad")]}
@@ -286,6 +292,8 @@ def test_messages_written_as_text_are_parsed():
                for k, v in WHOLE.items()}):
         found = load_preferences([r])[0]
         assert tuple(found[k] for k in ("prompt", "chosen", "rejected")) == want
+    prefs = load_preferences([row, row])
+    assert prefs.counts["written"] == 2 and "parsed" in prefs.notices[0]
 
 
 @pytest.mark.parametrize("text,words", [
@@ -314,6 +322,7 @@ def test_columns_that_nothing_reads_are_named_once_with_the_nearest_name():
     assert leftover([]) is None and leftover(["prompt_id"], P) == \
         "columns that nothing reads: prompt_id"
     assert load_preferences([{**P, "label": 1}]).ignored_columns == ["label"]
+    assert load_preferences([{**P, "messages": None}]).ignored_columns == []
     assert prefs.notices[0] in check_preferences(prefs).table()
 
 
@@ -431,6 +440,21 @@ def test_layouts_of_labelled_replies(name):
     assert (row["prompt"], row["completion"], row["label"]) == ([U("q")], [A("good")], True)
 
 
+def test_speakers_by_other_names():
+    said = load_preferences([{"prompt": [{"role": "human", "content": "q"}],
+                              "chosen": [{"role": "ai", "content": "good"}],
+                              "rejected": [{"role": "model", "content": "bad"}]}])
+    assert content(said[0]) == CHAT
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'}
+    row = {"conversations": [H("q"), call, {"from": "observation", "value": "3"}],
+           "chosen": G("good"), "rejected": G("bad")}
+    prompt = load_preferences([row])[0]["prompt"]
+    assert [m["role"] for m in prompt] == ["user", "assistant", "tool"]
+    assert prompt[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    row["conversations"][1]["value"] = "f(a=1)"
+    assert "not a JSON row" in refused(load_preferences, [row])
+
+
 def test_history_comes_before_the_prompt():
     row = {"instruction": "q", "input": "", "history": [["a", "b"], ["c", "d"]], "system": "s",
            "chosen": "good", "rejected": "bad"}
@@ -449,7 +473,14 @@ def test_history_comes_before_the_prompt():
     ({"conversations": [{"from": "robot", "value": "q"}], "chosen": "a", "rejected": "b"},
      "unknown speaker 'robot'"),
     ({"prompt": "q", "chosen": {"text": "a", "score": 1}, "rejected": {"text": "b", "score": 0}},
-     "did you mean columns chosen=chosen.text")])
+     "did you mean columns chosen=chosen.text"),
+    ({"prompt": "q", "chosen": ["a", "b"], "rejected": "c"}, "columns chosen=chosen.0"),
+    ({"prompt": "q", "response_a": "a", "response_b": "b", "winner": "model_a"},
+     "columns chosen=response_a rejected=response_b"),
+    ({"context": [U("q")], "response1": "a", "response2": "b", "overall_preference": 2},
+     "response1 and response2 are two replies"),
+    ({"model_a": "x", "model_b": "y", "winner": "model_a", "conversation_a": [U("q"), A("a")],
+      "conversation_b": [U("q"), A("b")]}, "conversation_a and conversation_b are two")])
 def test_what_is_not_certain_is_refused_with_its_remedy(row, words, tmp_path):
     said = refused(load_preferences, lines(tmp_path, [row]))
     assert "f.jsonl:1" in said and words in said
@@ -470,7 +501,8 @@ TABLES = {
     "quoted": 'prompt,chosen,rejected\n"q","good","bad"\n', "case": TABLE.title().replace(
         "Q,Good,Bad", "q,good,bad"), "blank end": TABLE + "\n   \n",
     "spaced quotes": 'prompt,chosen,rejected\nq, "good", "bad"\n', "no end": TABLE[:-1],
-    "blank start": "\n" + TABLE}
+    "blank start": "\n" + TABLE, "sep": "sep=;\n" + TABLE.replace(",", ";"),
+    "empty columns": "prompt,chosen,rejected,,\nq,good,bad,,\n"}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -552,6 +584,7 @@ def test_a_box_of_splits_is_asked_about(tmp_path):
     (json.dumps({k: {"0": v} for k, v in P.items()}), "by columns"),
     (json.dumps({k: [v] for k, v in P.items()}), "by columns"),
     (json.dumps({"columns": list(P), "index": [0], "data": [list(P.values())]}), "by columns"),
+    (",\n".join([GOOD] * 3), "a comma behind an object"),
     (str(P), "single quotes"), (str([P]), "single quotes"), ("3", "row must be"),
     (json.dumps([P, P], indent=1)[:-40], "truncated"),
     (json.dumps(P, indent=1) + json.dumps(P, indent=1), "more than one value"),
@@ -719,7 +752,7 @@ def test_columns_that_steer_are_said_with_their_range():
     ({"score_chosen": 2, "score_rejected": 8}, "against its scores"),
     ({"chosen_score": 2., "rejected_score": 8.}, "against its scores"),
     ({"chosen-rating": 2, "rejected-rating": 8}, "against its scores"),
-    ({"score_chosen": 5, "score_rejected": 5}, "tie"), ({"winner": "tie"}, "tie"),
+    ({"score_chosen": "5.0", "score_rejected": "5"}, "tie"), ({"winner": "tie"}, "tie"),
     ({"label": "Tie"}, "tie"), ({"status": "tie"}, "tie"),
     ({"rejected": "None"}, "word for nothing"), ({"chosen": " NaN "}, "word for nothing")])
 def test_doubts_are_counted_in_one_row_and_refused_in_most(bad, name, tmp_path):
@@ -731,6 +764,11 @@ def test_doubts_are_counted_in_one_row_and_refused_in_most(bad, name, tmp_path):
     assert f"4 × {name}" in said and f"--allow '{name}'" in said
     prefs, audit = take_preferences(many, allow=[name])
     assert len(prefs) == 4 and audit.exit_code == 2
+
+
+def test_null_columns_of_another_layout_are_no_columns():
+    row = {**LAYOUTS["axolotl"], "prompt": None, "question": None, "completion": None}
+    assert content({k: v for k, v in load_preferences([row])[0].items() if k in CHAT}) == CHAT
 
 
 def test_scores_are_no_content():
@@ -767,6 +805,8 @@ def test_kinds_of_file(tmp_path):
                [tmp_path / "a.json"], {"train": rows, "test": rows[:1]}]
     want = load_preferences(rows).set_sha256
     for s in sources: assert load_preferences(s).set_sha256 == want, s
+    import numpy
+    assert content(load_preferences([{k: numpy.array(v) for k, v in CHAT.items()}])[0]) == CHAT
     chat = pandas.DataFrame([CHAT])
     assert content(load_preferences(chat)[0]) == CHAT
     assert len(read_preferences(rows, limit=1)) == 1
