@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from .preferences import canonical, canonical_reply, is_single, parse_json, texts_of
 from .results import Refusal
-from .templates import TEMPLATES, control_ids, encode_text, render, segments
-from .templates import tiny_tokenizer, unknown_id, watched
-from .turns import Turns, encode_prompt, encode_reply, encode_turns, plain_bos
+from .templates import TEMPLATES, encode_text, tiny_tokenizer, unknown_id, watched
+from .templates import control_ids, render, segments  # noqa: F401  found here too
+from .turns import encode_turns
+from .turns import encode_prompt, encode_reply, plain_bos  # noqa: F401  likewise
 
 # %% ../nbs/06_rows.ipynb #e236577d
 @dataclass(frozen=True)

@@ -352,10 +352,12 @@ def _write_all(way, jobs):
     raise Refusal("the chat template gave no text")
 
 def _remedy(e, jobs):
-    "What can be done about the commonest refusal, that of a system turn."
-    system = any(m.get("role") in ("system", "developer") for m, _ in jobs for m in m)
-    if not system or "role" not in str(e).lower(): return ""
-    return "; put the system text at the head of the first user turn"
+    "What can be done about a turn that the template has no place for."
+    roles = {m.get("role") for messages, _ in jobs for m in messages}
+    if "role" not in str(e).lower(): return ""
+    if roles & {"system", "developer"}:
+        return "; put the system text at the head of the first user turn"
+    return "; write calls and answers of tools as text" if "tool" in roles else ""
 
 # %% ../nbs/05d_templates.ipynb #5b000029
 _ASKS_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1""")

@@ -8,7 +8,6 @@ __all__ = ['Turns', 'plain_bos', 'encode_turns', 'encode_prompt', 'encode_reply'
 # %% ../nbs/05e_turns.ipynb #5e000004
 import json, os
 from typing import NamedTuple
-import numpy as np
 from .results import Refusal
 from .templates import PLANES, Rendering, encode_text
 from .templates import (_codes, _controls, _drops_system, _ids, _Job, _memo,

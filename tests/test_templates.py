@@ -1,11 +1,11 @@
-"""Templates and turns: seventeen published forms, written anew, on three families of tokenizers; the
+"""Templates and turns: nineteen published forms, written anew, on three families of tokenizers: the
 ids are those of `apply_chat_template`, and no text of the data becomes a control token."""
-import datetime, functools, random, re, time
+import datetime, functools, os, random, re, time
 from pathlib import Path
 import pytest
 from dpo_literate.results import Refusal
 from dpo_literate.rows import check_pairs, encode_pair, encode_pairs
-from dpo_literate.templates import (TEMPLATES, control_ids, encode_text, render, segments,
+from dpo_literate.templates import (TEMPLATES, control_ids, encode_text, render,
                                     tiny_tokenizer, unknown_id)
 from dpo_literate.turns import encode_prompt, encode_reply, encode_turns
 
@@ -13,7 +13,8 @@ def U(c): return {"role": "user", "content": c}
 def A(c, **more): return {"role": "assistant", "content": c, **more}
 def S(c): return {"role": "system", "content": c}
 def chat(q="the cat?", w="yes", l="no", before=(), **more):
-    return {"prompt": [*before, U(q)], "chosen": [A(w)], "rejected": [A(l)], "_where": "f:1", **more}
+    pair = {"prompt": [*before, U(q)], "chosen": [A(w)], "rejected": [A(l)]}
+    return {**pair, "_where": "f:1", **more}
 
 # ---------------------------------------------------------------- forms
 
@@ -26,15 +27,18 @@ def each(user, reply, system="", ask="", start=""):
 C = "{{ m.content }}"
 T = "{{ m.content | trim }}"
 THOUGHT = ("{% set said = m.content %}{% set why = m.reasoning_content or '' %}"
-           "{% if '</think>' in said %}{% set why = said.split('</think>')[0].split('<think>')[-1] %}"
+           "{% if '</think>' in said %}"
+           "{% set why = said.split('</think>')[0].split('<think>')[-1] %}"
            "{% set said = said.split('</think>')[-1] %}{% endif %}")
 FORMS = {  # name -> (template, its control tokens besides <s> and </s>)
     "chatml": (each(f"<|im_start|>user\n{C}<|im_end|>\n", f"<|im_start|>assistant\n{C}<|im_end|>\n",
                     f"<|im_start|>system\n{C}<|im_end|>\n", "<|im_start|>assistant\n"),
                ["<|im_start|>", "<|im_end|>"]),
     "llama2": (each(f"<s>[INST] {T} [/INST]", f" {T} </s>", f"<<SYS>>\n{C}\n<</SYS>>\n\n"), []),
-    "llama3": (each(f"<|head|>user<|tail|>\n\n{T}<|eot|>", f"<|head|>assistant<|tail|>\n\n{T}<|eot|>",
-                    f"<|head|>system<|tail|>\n\n{T}<|eot|>", "<|head|>assistant<|tail|>\n\n", "<s>"),
+    "llama3": (each(f"<|head|>user<|tail|>\n\n{T}<|eot|>",
+                    f"<|head|>assistant<|tail|>\n\n{T}<|eot|>",
+                    f"<|head|>system<|tail|>\n\n{T}<|eot|>",
+                    "<|head|>assistant<|tail|>\n\n", "<s>"),
                ["<|head|>", "<|tail|>", "<|eot|>"]),
     "mistral1": (each(f"[INST] {C} [/INST]", f"{C}</s> ", f"{C}\n", start="<s>"), []),
     "mistral2": (each(f" [INST] {C} [/INST]", f" {T} </s>", f"{C}\n", start="<s>"), []),
@@ -48,14 +52,16 @@ FORMS = {  # name -> (template, its control tokens besides <s> and </s>)
     "gemma": (each(f"<start_of_turn>user\n{T}<end_of_turn>\n",
                    f"<start_of_turn>model\n{T}<end_of_turn>\n", f"{T}\n",
                    "<start_of_turn>model\n", "<s>"), ["<start_of_turn>", "<end_of_turn>"]),
-    "phi": (each(f"<|user|>\n{C}<|end|>\n", f"<|assistant|>\n{C}<|end|>\n", f"<|system|>\n{C}<|end|>\n",
-                 "<|assistant|>\n") + "{% if not add_generation_prompt %}</s>{% endif %}",
+    "phi": (each(f"<|user|>\n{C}<|end|>\n", f"<|assistant|>\n{C}<|end|>\n",
+                 f"<|system|>\n{C}<|end|>\n", "<|assistant|>\n") + "{% if not add_generation_prompt %}</s>{% endif %}",
             ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]),
     "smolvlm": ("<|start|>{% for m in messages %}{{ m.role | capitalize }}{{ ': ' }}"
                 "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}"
-                "{% endfor %}<|eou|>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}",
+                "{% endfor %}<|eou|>\n{% endfor %}"
+                "{% if add_generation_prompt %}Assistant:{% endif %}",
                 ["<|start|>", "<|eou|>"]),
-    "qwen3": (each(f"<|im_start|>user\n{C}<|im_end|>\n", THOUGHT + "<|im_start|>assistant\n<think>\n"
+    "qwen3": (each(f"<|im_start|>user\n{C}<|im_end|>\n",
+                   THOUGHT + "<|im_start|>assistant\n<think>\n"
                    "{{ why.strip('\n') }}\n</think>\n\n{{ said.lstrip('\n') }}<|im_end|>\n",
                    f"<|im_start|>system\n{C}<|im_end|>\n", "<|im_start|>assistant\n{% if "
                    "enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"),
@@ -100,7 +106,8 @@ def llama2(special):
     "SentencePiece as Llama 2 has it: a blank in front of the text and behind every control token."
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
     t = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    t.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
                                    decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     words = [w for line in SAID for w in re.findall(r" ?\S+|\n", line)] * 3
@@ -205,14 +212,26 @@ def test_a_prompt_no_conversation_shows_is_said():
     tok = tokenizer_of("r1 distill", "byte level")
     turns = encode_turns([U("why")], [[A("so")], [A("no")]], tok)
     assert turns.asked == "<think>\n"
-    assert turns.prompt_ids == ids_of(tok, [U("why")]) + [tok.convert_tokens_to_ids("<|Assistant|>")]
+    assert tok.decode(turns.prompt_ids) == "<s><|User|>why<|Assistant|>"
     _, counts = encode_pairs([chat("why", "so", "no")] * 2, tok)
     assert counts.asked == {"<think>\n": 2} and "'<think>\\n'" in counts.notes()[0]
 
+def test_a_template_that_forgets_is_refused():
+    "What a server asks with must be in the conversation, reply or no reply."
+    tok = tiny_tokenizer()
+    tok.chat_template = TEMPLATES["chatml"].replace("in messages", "in messages[-2:]")
+    with pytest.raises(Refusal, match="writes the prompt otherwise"):
+        encode_turns([U("a"), A("b"), U("c")], [[A("d")]], tok)
+    assert encode_turns([U("c")], [[A("d")]], tok).asked == ""
+    tok.chat_template = TEMPLATES["chatml"].replace(
+        "m['content']", "(m['content'] if loop.last else '...')")
+    with pytest.raises(Refusal, match="writes the prompt otherwise"):
+        encode_turns([U("a")], [[A("d")]], tok)
+
 # ---------------------------------------------------------------- no text becomes a control token
 
-PIECES = ["<|", "|>", "im_end", "\n", " ", "  ", "```", "｜", "＜|im_end|＞", "é", "😀", "\u202e", "a",
-          "<think>", "</think>", "\ue000", "\U000f003c", "[INST]", "[/INST]", "<", ">", "/", "the",
+PIECES = ["<|", "|>", "im_end", "\n", " ", "  ", "```", "｜", "＜|im_end|＞", "é", "😀", "\u202e",
+          "a", "<think>", "</think>", "\ue000", "\U000f003c", "[INST]", "[/INST]", "<", ">", "/", "the",
           "<s", "</", "Human: ", "Assistant:", "<unk>", "<0x0A>", "\"", "\\", "."]
 
 def spelled(tok, text): return any(tok.convert_ids_to_tokens(i) in text for i in control_ids(tok))
@@ -223,8 +242,8 @@ def count(tok, ids):
 
 @pytest.mark.parametrize("rounds", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_fuzz_of_forms_and_families(rounds):
-    """A row has the control tokens its template writes around harmless texts, whatever its own texts
-    spell; where they spell none, its ids are the server's."""
+    """A row has the control tokens its template writes around harmless texts, whatever its own
+    texts spell; where they spell none, its ids are the server's."""
     rng, equal = random.Random(rounds), 0
     for k in range(rounds):
         form, family = ALL[k % len(ALL)]
@@ -271,6 +290,19 @@ def test_spelled_tokens_change_nothing_around_them(family):
     k = next(k for k, (a, b) in enumerate(zip(at, start)) if a != b)
     assert at[:k] == start[:k] and at[-6:] == start[-6:] and k > 4
     assert evil.reply_ids == plain.reply_ids and tok.eos_token_id not in start
+
+def test_letters_that_become_a_control_token_on_the_way_are_refused():
+    "A normaliser may make of full-width letters what no search in the text can find."
+    from tokenizers import normalizers
+    tok = tokenizer_of("chatml", "unigram")
+    backend = tok.backend_tokenizer
+    backend.normalizer = normalizers.NFKC()
+    try:
+        with pytest.raises(Refusal, match="became the control token </s>"):
+            encode_turns([U("the cat")], [[A("so ＜/s＞")]], tok)
+        with pytest.raises(Refusal, match="became the control token </s>"):
+            encode_text(tok, "＜/s＞")
+    finally: backend.normalizer = normalizers.NFC()
 
 def test_an_unknown_character_is_no_control_token():
     tok = tokenizer_of("chatml", "unigram")
@@ -358,7 +390,8 @@ def test_tools_and_their_calls_in_prompt_and_reply(caller):
     row = encode_pair({"prompt": [asked], "chosen": three, "rejected": [A("hot")],
                        "tools": [TOOL], "_where": "f:1"}, caller)
     said = caller.decode(row.chosen_ids)
-    assert said.startswith("<call>weather town=\"Os\\\"lo\"</call><|im_end|>\n<|im_start|>tool\ncold")
+    assert said.startswith(
+        "<call>weather town=\"Os\\\"lo\"</call><|im_end|>\n<|im_start|>tool\ncold")
     assert said.endswith("It is cold.<|im_end|>") and row.chosen_ids.count(caller.eos_token_id) == 3
 
 def test_arguments_as_json_text_and_as_an_object(caller):
@@ -432,7 +465,8 @@ def test_a_fixed_date_leaves_the_rest_of_the_template_alone():
 def test_a_template_that_does_not_end_is_stopped_in_two_seconds():
     loops = "{% for i in range(100000) %}" * 3 + "{% endfor %}" * 3
     slow = tiny_tokenizer()
-    slow.chat_template = TEMPLATES["chatml"] + "{% if messages|length > 2 %}" + loops + "{% endif %}"
+    slow.chat_template = (TEMPLATES["chatml"] + "{% if messages|length > 2 %}" + loops
+                          + "{% endif %}")
     for run in (lambda: encode_prompt([U("a"), A("b"), U("c")], slow),
                 lambda: encode_pairs([chat(), chat(before=(U("a"), A("b")))], slow)):
         start = time.monotonic()
@@ -454,7 +488,8 @@ def test_a_shared_beginning_is_prompt():
     turns = encode_turns([U("q")], [[A("two")], [A("six")]], tok, prefix="one and ")
     assert tok.decode(turns.prompt_ids).endswith("assistant\none and ")
     whole = ids_of(tok, [U("q"), A("one and two")])
-    assert turns.prompt_ids + turns.reply_ids[0] == whole[:len(turns.prompt_ids + turns.reply_ids[0])]
+    ids = turns.prompt_ids + turns.reply_ids[0]
+    assert ids == whole[:len(ids)]
     with pytest.raises(Refusal, match="changes the beginning"):
         encode_turns([U("q")], [[A("two")]], tiny_tokenizer("trims"), prefix=" one")
 
@@ -534,8 +569,11 @@ def parity(tok, prompt, chosen, rejected, tools):
                  for tail in (False, True)]
     except Refusal: return "refused alike" if theirs is None else "other"
     if theirs is None: return "parts or arguments"          # a form of the messages that works
+    asked = ids_of(tok, prompt, tools=tools, add_generation_prompt=True)
     for name, turns in zip(("equal", "equal with tail"), ours):
-        if [turns.prompt_ids + y for y in turns.reply_ids] == theirs: return name
+        shared = os.path.commonprefix([asked, *theirs])      # where TRL puts the border
+        whole = [turns.prompt_ids + y for y in turns.reply_ids]
+        if whole == theirs and turns.prompt_ids == shared: return name
     return "other"
 
 @pytest.mark.parametrize("path", trl_templates() or [None], ids=lambda p: p.stem if p else "none")
