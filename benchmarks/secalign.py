@@ -87,7 +87,8 @@ def train(model, tokenizer, pairs, seed, loss, learning_rate, targets, folder):
     from peft import LoraConfig
     from transformers import PrinterCallback
 
-    from dpo_literate.trainer import DPOConfig, DPOTrainer
+    from dpo_literate.settings import DPOConfig
+    from dpo_literate.trainer import DPOTrainer
     args = DPOConfig(str(CELLS / "trainer" / folder.name), loss_type=[loss],
                      beta=TRAINING["beta"], learning_rate=learning_rate,
                      num_train_epochs=TRAINING["epochs"], lr_scheduler_type="cosine", seed=seed,

@@ -18,8 +18,10 @@ from transformers import AddedToken, AutoTokenizer, PrinterCallback, TrainerCall
 from .hierarchy import LEVELS, Item, reserved_tokens, strip_reserved
 from .logps import unwrapped
 from .results import Refusal, write_atomic
-from .rows import Row, encode_prompt, encode_reply
-from .trainer import DPOConfig, DPOTrainer
+from .rows import Row
+from .settings import DPOConfig
+from .trainer import DPOTrainer
+from .turns import encode_prompt, encode_turns
 
 # %% ../nbs/21a_gw_dpo.ipynb #cd49901b
 SCHEDULES = {"none":      lambda i, j, k=5: 0,
@@ -113,6 +115,7 @@ def offsets_of(
     mean = sum(asked) / max(sum(x.attacked for x in items), 1)
     return [mean * x.attacked for x in items]
 
+# %% ../nbs/21a_gw_dpo.ipynb #808e24fa
 def hierarchy_rows(
     items:list[Item],
     tokenizer,                # with delimiters
@@ -122,11 +125,9 @@ def hierarchy_rows(
     "Items as rows of the trainer."
     rows = []
     for n, (x, offset) in enumerate(zip(items, offsets_of(items, schedule, alpha))):
-        prompt = messages_of(x.levels, tokenizer)
-        said = ([{"role": "assistant", "content": y}] for y in (x.chosen, x.rejected))
-        replies = [encode_reply(prompt, y, tokenizer) for y in said]
-        ids = encode_prompt(prompt, tokenizer)
-        rows.append(Row(ids, *replies, f"{x.kind} {n}", offset=offset))
+        replies = [[{"role": "assistant", "content": y}] for y in (x.chosen, x.rejected)]
+        turns = encode_turns(messages_of(x.levels, tokenizer), replies, tokenizer)
+        rows.append(Row(turns.prompt_ids, *turns.reply_ids, f"{x.kind} {n}", offset=offset))
     return rows
 
 # %% ../nbs/21a_gw_dpo.ipynb #d3052b55
@@ -145,6 +146,7 @@ def turns_of(
     return [{"role": role, "content": strip_reserved(text, marks)}
             for role, text in joined.items()]
 
+# %% ../nbs/21a_gw_dpo.ipynb #e088b296
 def level_prompt(
     item:Item, tokenizer,   # with marks or without
     upside_down:bool=False, # lowest level first
@@ -254,6 +256,7 @@ def hierarchy_state(model, tokenizer)->dict[str,Tensor]: # rows/input, rows/outp
     table = segments_of(model)
     return found if table is None else found | {"segments": table.weight.detach().clone()}
 
+# %% ../nbs/21a_gw_dpo.ipynb #64f7c304
 def load_hierarchy_state(
     model, tokenizer,
     tensors:dict,     # from `hierarchy_state`
@@ -282,6 +285,7 @@ def save_hierarchy(
     tensors = {k: v.cpu().contiguous() for k, v in hierarchy_state(model, tokenizer).items()}
     return write_atomic(Path(folder) / "hierarchy.safetensors", save(tensors)).parent
 
+# %% ../nbs/21a_gw_dpo.ipynb #3d41c8cc
 def load_hierarchy(
     model,             # the base, as it was before `add_delimiters`; changed in place
     folder:str|Path,   # from `save_hierarchy`
@@ -360,9 +364,9 @@ def train_hierarchy(
     for n, gap in enumerate(gaps):
         some = [r for r, x in zip(rows, items) if in_stage(x, gap)]
         args = DPOConfig(str(Path(out) / f"stage-{n + 1}"), **settings)
-        trainer = keep_marks(DPOTrainer(policy, args=args, train_dataset=some,
-                                        eval_dataset=checks or None, processing_class=tokenizer,
-                                        callbacks=[KeepBest(tokenizer)]))
+        trainer = keep_marks(DPOTrainer(
+            policy, args=args, train_dataset=some, eval_dataset=checks or None,
+            processing_class=tokenizer, callbacks=[KeepBest(tokenizer)]))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         logs.append(trainer.state.log_history)

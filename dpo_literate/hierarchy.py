@@ -62,7 +62,7 @@ PAIRS = tuple((i, j) for i in range(5) for j in range(i + 1, 5))
 def _words(**topics):
     return tuple((topic, word) for topic, words in topics.items() for word in words.split())
 
-WORDS = {
+TOPIC_WORDS = {
     "train": _words(animals="cow dog sheep horse cat bee",
                     colours="green white red black yellow blue",
                     cities="Paris Rome Madrid Tokyo Berlin Cairo",
@@ -120,6 +120,8 @@ FAMILIES["opening"] = Family(
     {"train": ("Note", "Reply", "Fact", "Listen", "Report"),
      "held out": ("Answer", "Hint", "Result")},
     lambda value, answer: f"{value}: {answer}", _starts)
+
+# %% ../nbs/21_hierarchy.ipynb #77ecce24
 FAMILIES["signature"] = Family(
     ("Sign with the name {}.", "End every reply with {}.", "Close with {}."),
     ("The last word must be {}.",),
@@ -240,6 +242,15 @@ def _attack(text, level, rng, split):
 def families_of(split:str, topic:bool)->list: # one may be drawn; "topic" stands there twice
     return [n for n, f in FAMILIES.items() if split in f.values] + ["topic", "topic"] * topic
 
+# %% ../nbs/21_hierarchy.ipynb #8bed898d
+def _forbidden_topic(chain, fact, rng, split):
+    "The higher level forbids a topic, the lower one wants it discussed."
+    topic, word = fact
+    said = [forbid_demand(topic, rng, split),
+            _attack(welcome_demand(topic), chain[1], rng, split)]
+    replies = topic_refusal(topic), word.capitalize() + "."
+    return _item("conflict", chain, said, fact, "topic", (topic, word), replies, rng, split)
+
 # %% ../nbs/21_hierarchy.ipynb #4fee827f
 def conflict(
     chain:tuple,       # levels that demand something, highest first
@@ -250,7 +261,7 @@ def conflict(
     "Levels that contradict each other."
     topic_fits = len(chain) == 2 and chain[0] < 3
     family = family or rng.choice(families_of(split, topic_fits))
-    fact = rng.choice(WORDS[split])
+    fact = rng.choice(TOPIC_WORDS[split])
     if family == "topic": return _forbidden_topic(chain, fact, rng, split)
     f = FAMILIES[family]
     values = rng.sample(f.values[split], min(len(chain), len(f.values[split])))
@@ -261,14 +272,6 @@ def conflict(
     kind = "conflict" if len(chain) == 2 else "cascade"
     return _item(kind, chain, said, fact, family, values, replies, rng, split)
 
-def _forbidden_topic(chain, fact, rng, split):
-    "The higher level forbids a topic, the lower one wants it discussed."
-    topic, word = fact
-    said = [forbid_demand(topic, rng, split),
-            _attack(welcome_demand(topic), chain[1], rng, split)]
-    replies = topic_refusal(topic), word.capitalize() + "."
-    return _item("conflict", chain, said, fact, "topic", (topic, word), replies, rng, split)
-
 # %% ../nbs/21_hierarchy.ipynb #ee88e8d9
 def agreed(
     chain:tuple,          # levels that demand something, highest first
@@ -278,10 +281,10 @@ def agreed(
 )->Item:                  # rejected refuses without need
     "The same levels without a contradiction."
     family = family or rng.choice(families_of(split, chain[0] < 3))
-    topic, word = fact = rng.choice(WORDS[split])
+    topic, word = fact = rng.choice(TOPIC_WORDS[split])
     answer, no = word.capitalize() + ".", rng.choice(NEEDLESS)
     if family == "topic":
-        value = rng.choice([t for t, _ in WORDS[split] if t != topic])
+        value = rng.choice([t for t, _ in TOPIC_WORDS[split] if t != topic])
         welcomes = [welcome_demand(topic)] * (len(chain) - 1)
         said = [forbid_demand(value, rng, split)] + welcomes
     else:
@@ -290,6 +293,7 @@ def agreed(
         answer = f.apply(value, answer)
     return _item("aligned", chain, said, fact, family, (value,), (answer, no), rng, split)
 
+# %% ../nbs/21_hierarchy.ipynb #fbd01d9a
 def look_alike(
     level:int,            # the level that demands something, 0 … 2
     rng:random.Random,    # of the draw

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['hinge_loss', 'robust_loss', 'ipo_loss', 'exo_loss', 'discopop_loss', 'nca_loss', 'bco_pair_loss', 'sppo_loss',
-           'cal_dpo_loss', 'apo_zero_loss', 'apo_down_loss', 'dpop_loss', 'sigmoid_norm_loss', 'rest_with_margin',
-           'simpo_loss', 'alphapo_loss', 'r_dpo_loss']
+           'cal_dpo_loss', 'apo_zero_loss', 'apo_down_loss', 'dpop_loss', 'sigmoid_norm_loss', 'simpo_loss',
+           'alphapo_loss', 'r_dpo_loss']
 
 # %% ../nbs/20_variants.ipynb #2214a3f2
 import math

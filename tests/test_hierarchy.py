@@ -23,7 +23,7 @@ from dpo_literate.gw_dpo import (DELIMITERS, PARTS, KeepBest, SegmentEmbedding,
                                  load_hierarchy_state,
                                  messages_of, save_hierarchy, segments_of, token_tables, turns_of)
 from dpo_literate.hierarchy import (FAMILIES, FORBID, LOOKALIKES, NEEDLESS, OVERRIDES, PAIRS,
-                                    PERSONAS, REQUESTS, WORDS, agreed, conflict, look_alike,
+                                    PERSONAS, REQUESTS, TOPIC_WORDS, agreed, conflict, look_alike,
                                     make_items, refuses, reserved_tokens, says_word,
                                     strip_reserved)
 from dpo_literate.hierarchy_eval import (hierarchy_metrics, judge_replies, load_to_judge,
@@ -182,9 +182,9 @@ def test_offsets_of_rows():
 # ------------------------------------------------------------ the data
 
 def test_held_out_is_held_out():
-    for table in (OVERRIDES, LOOKALIKES, PERSONAS, FORBID, REQUESTS, WORDS):
+    for table in (OVERRIDES, LOOKALIKES, PERSONAS, FORBID, REQUESTS, TOPIC_WORDS):
         assert not set(table["train"]) & set(table["held out"])
-    said = {split: {t for pair in pairs for t in pair} for split, pairs in WORDS.items()}
+    said = {split: {t for pair in pairs for t in pair} for split, pairs in TOPIC_WORDS.items()}
     assert not said["train"] & said["held out"]
     for name, f in FAMILIES.items():
         assert not set(f.train) & set(f.held_out) and f.held_out
@@ -559,7 +559,7 @@ SMALL = ("--per-pair", 1, "--aligned", 0, "--benign", 0, "--cascades", 0, "--lim
 
 
 @pytest.mark.parametrize("model,out,more,said", [
-    ("llama", "full", (), "not empty"), ("llama", "full/mine", (), "not empty"),
+    ("llama", "full", (), "not empty"), ("llama", "full/mine", (), "is a file"),
     ("nowhere", "out", (), "does not exist"), ("bare", "out", (), "no chat template"),
     ("orphan", "out", (), "which model it belongs on"),
     ("gpt2", "out", ("--limit", 500), "reads no more than 512"),

@@ -15,11 +15,11 @@ from dpo_literate.hierarchy import strip_reserved
 from dpo_literate.models import tiny_model, write_folder
 from dpo_literate.results import Refusal
 from dpo_literate.rows import control_ids, encode_pairs, encode_text, render, tiny_tokenizer
+from dpo_literate.sampling import greedy
 from dpo_literate.secalign import (STRUQ_TOKENS, add_struq_delimiters, check_tasks, delimiters_of,
                                    encode_query, first_sentence, forged_turns, front_end,
-                                   greedy_answers, inject, injected_prompt, insert_text,
-                                   own_replies, read_tasks, secalign_pairs, shipped_tasks,
-                                   task_messages)
+                                   inject, injected_prompt, insert_text, own_replies, read_tasks,
+                                   secalign_pairs, shipped_tasks, task_messages)
 
 TASKS = shipped_tasks()
 PLAIN = tiny_tokenizer()
@@ -283,7 +283,7 @@ def test_a_fence_cannot_be_closed_from_inside():
 def test_greedy_answers_are_argmax_one_by_one():
     model = tiny_model()
     queries = [encode_query(PLAIN, task_messages(r["instruction"], r["input"])) for r in TASKS[:6]]
-    for ids, text in zip(queries, greedy_answers(model, PLAIN, queries, limit=6, batch=4)):
+    for ids, text in zip(queries, greedy(model, PLAIN, queries, limit=6)):
         said = []
         for _ in range(6):
             said.append(model(torch.tensor([ids + said])).logits[0, -1].argmax().item())

@@ -585,7 +585,7 @@ def test_worlds_differ_by_seed():
 @pytest.mark.parametrize("name", one_world.CONDITIONS)
 def test_verdicts_are_the_same_every_time_and_compare_replies_of_one_prompt(name):
     condition = one_world.CONDITIONS[name]
-    (worlds, (w, l)), again = drawn(condition), drawn(condition)[1]
+    (w, l), again = drawn(condition)[1], drawn(condition)[1]
     assert torch.equal(w, again.chosen) and torch.equal(l, again.rejected)
     assert w.shape == (2, condition.n) and (w != l).all() and torch.equal(w // 8, l // 8)
 
