@@ -154,6 +154,15 @@ def test_the_term_with_an_adapter():
     assert adapters[0] and max((a - b).abs().max() for a, b in zip(*adapters)) > 1e-5
 
 
+def test_clean_and_noisy_states_are_rounded_alike():
+    "No noise, no penalty, also in bfloat16: both passes run under the trainer's autocast."
+    term = MatchedPenalty(0 * random(32, 3), block=1, warmup=0)
+    run = short_run(tiny_model().float(), PAIRS, TOKENIZER, more=dict(terms=(term,)), bf16=True,
+                    max_steps=2)
+    assert run.state.log_history[0]["style_penalty"] == 0
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_evaluation_is_dpo(tmp_path):
     args = DPOConfig(str(tmp_path), **SHORT_RUN, max_steps=2)
     term = MatchedPenalty(random(32, 3) * .01, block=1, warmup=0)

@@ -41,18 +41,6 @@ def mass_change(
     w, l = moved.gather(-1, named).unbind(-1)
     return MassChange(w, l, moved.scatter(-1, named, 0.).sum(-1))
 
-# %% ../../nbs/32_displacement.ipynb #cef7614b
-WORDS = "cat dog mat answer system user please tell".split()
-
-def near_pairs()->list: # 32 pairs whose replies differ in their last word
-    return [dict(prompt=f"tell me {a} {b}", chosen=f"the {a} sat on the {b} and the dog",
-                 rejected=f"the {a} sat on the {b} and the cat")
-            for a in WORDS for b in WORDS[:4]]
-
-def far_pairs()->list:  # 32 pairs whose replies share nothing
-    return [dict(prompt=f"tell me {a} {b}", chosen=f"the {a} sat on the {b}",
-                 rejected=f"please, no {b} why") for a in WORDS for b in WORDS[:4]]
-
 # %% ../../nbs/32_displacement.ipynb #76a323e2
 def log_lines(
     history:list, # `trainer.state.log_history`
