@@ -1,12 +1,13 @@
 "The matched penalty beyond the page: both layouts, loops and limits, factors, the term in a run."
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dpo_literate.logps import pad_rows
 from dpo_literate.models import tiny_model
-from dpo_literate.packing import pack_rows
+from dpo_literate.packing import pack_rows, packed_reply_logps
 from dpo_literate.probes.base import SHORT_RUN, scored_states, short_run
 from dpo_literate.probes.matched import (MatchedPenalty, arm_factor, capped, matched_term,
                                          reply_means, style_factor, style_penalty)
@@ -155,12 +156,14 @@ def test_the_term_with_an_adapter():
 
 
 def test_clean_and_noisy_states_are_rounded_alike():
-    "No noise, no penalty, also in bfloat16: both passes run under the trainer's autocast."
-    term = MatchedPenalty(0 * random(32, 3), block=1, warmup=0)
-    run = short_run(tiny_model().float(), PAIRS, TOKENIZER, more=dict(terms=(term,)), bf16=True,
-                    max_steps=2)
-    assert run.state.log_history[0]["style_penalty"] == 0
-    assert not torch.is_autocast_enabled("cpu")
+    "No noise costs nothing, also where a step without a `Trainer` scores under autocast."
+    model, batch = tiny_model().float(), pad_rows(ROWS)
+    term, loss = MatchedPenalty(0 * random(32, 3), block=1, warmup=0), torch.full((8,), .6)
+    with term.watch(model), torch.autocast("cpu", torch.bfloat16): packed_reply_logps(model, batch)
+    assert term(model, batch, None, SimpleNamespace(loss=loss)).tolist() == [0] * 8
+    clean = term.seen[-1][0]
+    bare = matched_term(model, batch, clean, loss, **term.given, seed=0)
+    assert bare.max() > 0        # what another rounding of the noisy pass would cost
 
 
 def test_evaluation_is_dpo(tmp_path):
