@@ -1,12 +1,13 @@
 "The matched penalty beyond the page: both layouts, loops and limits, factors, the term in a run."
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dpo_literate.logps import pad_rows
 from dpo_literate.models import tiny_model
-from dpo_literate.packing import pack_rows
+from dpo_literate.packing import pack_rows, packed_reply_logps
 from dpo_literate.probes.base import SHORT_RUN, scored_states, short_run
 from dpo_literate.probes.matched import (MatchedPenalty, arm_factor, capped, matched_term,
                                          reply_means, style_factor, style_penalty)
@@ -152,6 +153,17 @@ def test_the_term_with_an_adapter():
     off, on = (matched("llama", peft_config=lora(), weight=w) for w in (0., 5.))
     adapters = [[p for n, p in t.model.named_parameters() if "lora_B" in n] for t in (off, on)]
     assert adapters[0] and max((a - b).abs().max() for a, b in zip(*adapters)) > 1e-5
+
+
+def test_clean_and_noisy_states_are_rounded_alike():
+    "No noise costs nothing, also where a step without a `Trainer` scores under autocast."
+    model, batch = tiny_model().float(), pad_rows(ROWS)
+    term, loss = MatchedPenalty(0 * random(32, 3), block=1, warmup=0), torch.full((8,), .6)
+    with term.watch(model), torch.autocast("cpu", torch.bfloat16): packed_reply_logps(model, batch)
+    assert term(model, batch, None, SimpleNamespace(loss=loss)).tolist() == [0] * 8
+    clean = term.seen[-1][0]
+    bare = matched_term(model, batch, clean, loss, **term.given, seed=0)
+    assert bare.max() > 0        # what another rounding of the noisy pass would cost
 
 
 def test_evaluation_is_dpo(tmp_path):

@@ -98,10 +98,14 @@ def arm_factor(
 @contextlib.contextmanager
 def caught(
     model, # a causal language model, wrapped or not
-):         # a list; what entered the head, (B,T,H), is appended to it
+):         # a list: what entered the head, (B,T,H), and the autocast it was made under
     "Last hidden states of the passes made inside the `with` block."
     seen, head = [], unwrapped(model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    def keep(module, args):
+        kind = args[0].device.type
+        now = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        seen.append((args[0], torch.autocast(kind, *now)))
+    handle = head.register_forward_pre_hook(keep)
     try: yield seen
     finally: handle.remove()
 
@@ -126,7 +130,7 @@ def matched_term(
 
 # %% ../../nbs/30a_matched.ipynb #e6447c0f
 class MatchedPenalty:
-    "A term for a `PreferenceStep`: a capped price on moving in given directions (arXiv:2605.22800)."
+    "A term for a `PreferenceStep`: moving in given directions costs (arXiv:2605.22800)."
     name = "style_penalty"
     def __init__(self,
         factor:Tensor,     # L, with LLᵀ = Σ', (H,r)
@@ -140,15 +144,20 @@ class MatchedPenalty:
         self.weight, self.warmup, self.seed, self.number = weight, warmup, seed, 0
         self.given, self.seen = dict(factor=factor, block=block, cap=cap, probes=probes), []
 
-    def begin(self, number:int)->None: self.number = number
+    def begin(self, number:int)->None: # the step that begins
+        self.number = number
 
     @contextlib.contextmanager
     def watch(self, model):
         "Keep what enters the head while the policy is scored."
         with caught(model) as self.seen: yield
 
-    def __call__(self, model, piece, logps, verdict)->Tensor: # (B,)
+    def __call__(self, model, piece, logps, verdict)->Tensor: # of each pair, (B,)
+        "The weighted penalty, once the warm-up is over."
         if self.number < self.warmup: return torch.zeros_like(verdict.loss)
         seed = self.seed * 1_000_003 + self.number
-        states, loss = self.seen[-1], verdict.loss.detach()
-        return self.weight * matched_term(model, piece, states, loss, **self.given, seed=seed)
+        states, autocast = self.seen[-1]
+        loss = verdict.loss.detach()
+        with autocast: # clean and noisy states must be rounded alike
+            term = matched_term(model, piece, states, loss, **self.given, seed=seed)
+        return self.weight * term
