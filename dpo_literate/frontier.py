@@ -153,7 +153,7 @@ def best_of(
 
 # %% ../nbs/13_frontier.ipynb #5c1d90b5
 def on_line(
-    points:list[tuple], # KL and rewards by prompt, (P,), of policies of one method and the reference
+    points:list[tuple], # KL and rewards by prompt, (P,), of one method's policies and the reference
     d:float,            # KL to spend (nat)
 )->Tensor:              # rewards on the line at that KL, (P,)
     "Straight lines between policies, flat beyond the last."

@@ -217,7 +217,8 @@ def all_losses(
     return LOSSES
 
 # %% ../nbs/04_losses.ipynb #5a59c913
-ALIASES = {"dpo": "sigmoid", "cdpo": "sigmoid"}  # as people call them; cDPO is DPO with label_smoothing
+# as people call them; cDPO is DPO with label_smoothing
+ALIASES = {"dpo": "sigmoid", "cdpo": "sigmoid"}
 
 def get_loss(
     name:str, # a name in `LOSSES` or `ALIASES`, in capitals or not

@@ -635,7 +635,8 @@ def read_preferences(
 )->Preferences:             # in canonical form, with notices of what was done
     "Pairs or labelled replies of any source, or a refusal that names file and line."
     if isinstance(source, Preferences): return source
-    if repeats not in ("take_off", "keep"): raise Refusal(f"repeats={repeats!r}: use take_off or keep")
+    if repeats not in ("take_off", "keep"):
+        raise Refusal(f"repeats={repeats!r}: use take_off or keep")
     said, did, seen = [], Counter(), {}
     rows, name, files = _open(source, split, said.append)
     hashes = _file_hashes(files)

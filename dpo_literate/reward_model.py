@@ -161,7 +161,8 @@ def packs_exactly(
         return f"padded rows: packing is refused ({why})"
     near = {torch.float64: 1e-8, torch.float32: 2e-3}.get(a.dtype, .1)
     apart = ((a - b).abs().max() / b.abs().max()).item()
-    return f"padded rows: packing would move this model's end states by {apart:.2g}" if apart > near else None
+    if apart <= near: return None
+    return f"padded rows: packing would move this model's end states by {apart:.2g}"
 
 # %% ../nbs/12_reward_model.ipynb #be7ec2f9
 def make_scorer(model, peft_config=None):
@@ -198,8 +199,8 @@ class RewardTrainer(PreferenceTrainer):
         model = make_scorer(model, peft_config)
         check_ids(rows, model)
         super().__init__(model, args, rows, reward_objective(args.centring), EndScorer(), held,
-                         tokenizer, counts=dict(train=counts), notes=notes, layout_check=packs_exactly,
-                         callbacks=callbacks, optimizers=optimizers)
+                         tokenizer, counts=dict(train=counts), notes=notes,
+                         layout_check=packs_exactly, callbacks=callbacks, optimizers=optimizers)
 
 # %% ../nbs/12_reward_model.ipynb #559ff243
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from .checkpoints import (checkpoints, disk_errors, latest, read_manifest, rotate,
-                                      set_aside, sweep, verify, write_folder_atomic)
+                                      set_aside, sweep, write_folder_atomic)
 from .results import Refusal, versions, write_atomic
 
 log = logging.getLogger("dpo_literate.run_folder")

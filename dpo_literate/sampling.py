@@ -29,7 +29,7 @@ def draw(
     if not logits.amax(-1).isfinite().all():
         raise Refusal("the model's probabilities are not finite: nothing can be drawn from it", 3)
     if temperature == 0: return logits.argmax(-1)
-    few = zip(logits.split(16), u.to(logits.device).split(16))     # rows that fit a processor's cache
+    few = zip(logits.split(16), u.to(logits.device).split(16))  # rows that fit a CPU's cache
     return torch.cat([draw_few(in_full(z) / temperature, x) for z, x in few])
 
 def below(x:Tensor, end:Tensor)->Tensor: # rounding must not carry x up to the end of the line
@@ -95,7 +95,7 @@ class Cache:
         self.shared = shared or [(like.new_empty(shape[0], 0, shape[1]),) * 2] * layers
         self.used = 0                                       # columns that hold something
 
-    def put(self, layer:int, k:Tensor, v:Tensor)->tuple:    # (B,heads,n,width); all of the row's own
+    def put(self, layer:int, k:Tensor, v:Tensor)->tuple: # (B,heads,n,width); all of the row's own
         "Write the next columns of a layer."
         end = self.used + k.shape[2]
         for room, new in zip(self.own[layer], (k, v)): room[:, :, self.used:end] = new
@@ -270,7 +270,8 @@ def is_plain(
     hooks = any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
     windows = set(getattr(c, "layer_types", None) or ["full_attention"]) != {"full_attention"}
     sharded = any(hasattr(p, "full_tensor") for p in base.parameters())
-    return (c.model_type in FAMILIES and c.hidden_act == "silu" and not (hooks or windows or sharded)
+    return (c.model_type in FAMILIES and c.hidden_act == "silu"
+            and not (hooks or windows or sharded)
             and getattr(c, "sliding_window", None) is None
             and getattr(rope, "rope_type", None) in ROPES)
 
@@ -428,7 +429,8 @@ def batches(
     "Cut the order where a batch would be too many replies, or too long."
     cut = [[]]
     for i in order:
-        if len(cut[-1]) == batch or (cut[-1] and (len(cut[-1]) + 1) * length[i] > ROOM): cut.append([])
+        large = cut[-1] and (len(cut[-1]) + 1) * length[i] > ROOM
+        if len(cut[-1]) == batch or large: cut.append([])
         cut[-1].append(i)
     return [some for some in cut if some]
 
