@@ -11,7 +11,7 @@ from dpo_literate.packing import pack_rows, packed_reply_logps
 from dpo_literate.probes.base import SHORT_RUN, scored_states, short_run
 from dpo_literate.probes.matched import (MatchedPenalty, arm_factor, capped, matched_term,
                                          reply_means, style_factor, style_penalty)
-from dpo_literate.probes.tdi import shaken
+from dpo_literate.probes.tdi import added_noise
 from dpo_literate.results import Refusal
 from dpo_literate.rows import encode_pairs, tiny_tokenizer
 from dpo_literate.trainer import DPOConfig, DPOTrainer
@@ -47,7 +47,8 @@ def test_penalty_equals_a_loop_over_pairs():
             def mean(): return model.base_model(ids).last_hidden_state[0, at].mean(0)
             clean = mean()
             for probe in z[:, i]:
-                with shaken(model, 1, L @ probe): total = total + (mean() - clean).square().sum()
+                with added_noise(model, 1, L @ probe):
+                    total = total + (mean() - clean).square().sum()
         assert abs(got[i] / (total / 4 / size) - 1) < 1e-9
 
 

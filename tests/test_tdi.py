@@ -7,10 +7,10 @@ import torch.nn.functional as F
 
 from dpo_literate.models import tiny_model
 from dpo_literate.probes import tdi
-from dpo_literate.probes.tdi import (STYLES, blocks_of, content_of, embed, hidden_layers,
-                                     layout_of, layout_tdi, path_tdi, probe, semantic_tdi, shaken,
-                                     shipped_answers, spread_and_distance, style_variants,
-                                     styled_ids, tdi_change, trajectory_tdi)
+from dpo_literate.probes.tdi import (STYLES, added_noise, blocks_of, content_of, embed,
+                                     hidden_layers, layout_of, layout_tdi, path_tdi, probe,
+                                     semantic_tdi, shipped_answers, spread_and_distance,
+                                     style_variants, styled_ids, tdi_change, trajectory_tdi)
 from dpo_literate.results import Refusal, data_dir
 from dpo_literate.rows import tiny_tokenizer
 
@@ -83,11 +83,11 @@ def test_unknown_pooling_is_refused():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_block_is_shaken_and_left_as_it_was(kind):
+def test_noise_enters_a_block_and_leaves_it_as_it_was(kind):
     model = tiny_model(kind)
     assert len(blocks_of(model)) == 2
     still, mask = hidden_layers(model, TEXTS)
-    with shaken(model, 1, random(32)): moved, _ = hidden_layers(model, TEXTS)
+    with added_noise(model, 1, random(32)): moved, _ = hidden_layers(model, TEXTS)
     assert (still[0] - moved[0]).abs().max() == 0 and (still[-1] - moved[-1]).abs().max() > 1e-3
     again, _ = hidden_layers(model, TEXTS)
     assert (still[-1] - again[-1]).abs().max() == 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from ..logps import unwrapped
 from .base import scored_states
-from .tdi import shaken
+from .tdi import added_noise
 from ..results import Refusal
 
 # %% ../../nbs/30a_matched.ipynb #5310ab3d
@@ -47,7 +47,7 @@ def style_penalty(
     size, where, out = clean.detach().square().sum(-1).mean(), pair_at(batch), 0.
     for probe in z:
         noise = (probe @ factor.to(probe).T)[where]                    # (R,T,H)
-        with shaken(model, block, noise):
+        with added_noise(model, block, noise):
             moved = reply_means(scored_states(model, batch), batch)
         out = out + (moved - clean).square().sum(-1) / size
     return (out / len(z)).view(2, -1).mean(0)

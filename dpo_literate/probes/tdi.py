@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONTRACTIONS', 'SYNONYMS', 'BEFORE', 'AFTER', 'HEADING', 'STYLES', 'ANSWERS', 'style_variants', 'content_of',
-           'hidden_layers', 'pool', 'embed', 'spread_and_distance', 'layout_of', 'layout_tdi', 'blocks_of', 'shaken',
-           'shaken_layers', 'drifts', 'trajectory_of', 'trajectory_tdi', 'path_length', 'path_changes', 'path_tdi',
-           'semantic_of', 'semantic_tdi', 'styled_ids', 'tdi_change', 'probe']
+           'hidden_layers', 'pool', 'embed', 'spread_and_distance', 'layout_of', 'layout_tdi', 'blocks_of',
+           'added_noise', 'noisy_layers', 'drifts', 'trajectory_of', 'trajectory_tdi', 'path_length', 'path_changes',
+           'path_tdi', 'semantic_of', 'semantic_tdi', 'styled_ids', 'tdi_change', 'probe']
 
 # %% ../../nbs/30_tdi.ipynb #1cbf3ee7
 import contextlib, json, re
@@ -180,7 +180,7 @@ def blocks_of(
 
 # %% ../../nbs/30_tdi.ipynb #7351d70d
 @contextlib.contextmanager
-def shaken(
+def added_noise(
     model,        # a causal language model, wrapped or not
     block:int,    # the layer whose input is changed; 0: the token embeddings
     noise:Tensor, # added to it, broadcast to (B,T,H)
@@ -209,7 +209,7 @@ def _embedding_size(model): # root mean square over the whole table
 
 # %% ../../nbs/30_tdi.ipynb #6b840b77
 @torch.no_grad()
-def shaken_layers(
+def noisy_layers(
     model,                # a causal language model, wrapped or not
     ids:list,             # token ids of each text
     sigma:float=.01,      # size of the noise
@@ -225,7 +225,7 @@ def shaken_layers(
         part = slice(start, start + batch_size)
         clean, mask = hidden_layers(model, ids[part])
         added = nn.utils.rnn.pad_sequence(noise[part], batch_first=True)
-        with shaken(model, 0, added.to(mask.device)):
+        with added_noise(model, 0, added.to(mask.device)):
             noisy, _ = hidden_layers(model, ids[part])
         yield *([h.double().cpu() for h in s[1:]] for s in (clean, noisy)), mask.cpu()
 
@@ -241,7 +241,7 @@ def drifts(
     "How far each layer moves under noise, and how large it is."
     drift, size = [], []
     def squared(h, mask): return (h.square().sum(-1) * mask).sum(1)
-    for clean, noisy, mask in shaken_layers(model, ids, sigma, relative, seed, batch_size):
+    for clean, noisy, mask in noisy_layers(model, ids, sigma, relative, seed, batch_size):
         moved = [squared(m - c, mask) for c, m in zip(clean, noisy)]
         drift.append(torch.stack(moved, 1))                                   # (B,L)
         size.append(torch.stack([squared(c, mask) for c in clean], 1))
@@ -277,7 +277,7 @@ def path_length(
 def path_changes(model, ids:list, *noise, **named)->Tensor: # as for `drifts`; (N,)
     "Squared change of each path's length, as a share of it."
     ratios = [path_length(noisy, mask) / path_length(clean, mask)
-              for clean, noisy, mask in shaken_layers(model, ids, *noise, **named)]
+              for clean, noisy, mask in noisy_layers(model, ids, *noise, **named)]
     return (torch.cat(ratios) - 1).square()
 
 def path_tdi(
