@@ -7,10 +7,10 @@ import torch
 
 from dpo_literate.models import tiny_model
 from dpo_literate.probes.base import far_pairs, near_pairs, short_run, teach_replies
-from dpo_literate.probes.displacement import (FORK, fork_mass, fork_rows, fresh_replies, log_lines,
-                                              logps_of, mass_change, mass_moved, moved_share,
-                                              next_token_mass, pair_logps, probe, sample_replies,
-                                              shift_of)
+from dpo_literate.probes.displacement import (FORK, draw_replies, fork_mass, fork_rows,
+                                              fresh_replies, log_lines, logps_of, mass_change,
+                                              mass_moved, moved_share, next_token_mass,
+                                              pair_logps, probe, shift_of)
 from dpo_literate.rows import Row, encode_pairs, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -77,22 +77,20 @@ def test_the_share_that_moved():
 def test_sampled_replies_end_where_they_end():
     model, prompt = tiny_model(scale=1.), ROWS[0].prompt_ids
     ends = set(range(0, 320, 3))
-    replies = sample_replies(model, prompt, 40, 6, ends)
+    replies = draw_replies(model, prompt, 40, 6, ends)
     assert len(replies) == 40 and all(1 <= len(y) <= 6 for y in replies)
     assert all(t not in ends for y in replies for t in y[:-1])
     assert any(y[-1] in ends for y in replies)
-    assert sample_replies(model, prompt, 40, 6, ends) == replies
+    assert draw_replies(model, prompt, 40, 6, ends) == replies
     odd = logps_of(model, prompt, replies[:5])
     alone = torch.cat([logps_of(model, prompt, [y]) for y in replies[:5]])
     assert odd.shape == (5,) and (odd - alone).abs().max() < 1e-5
 
 
-def test_sampling_leaves_the_worlds_randomness_alone():
-    torch.manual_seed(3)
-    want = torch.rand(2)
-    torch.manual_seed(3)
-    sample_replies(tiny_model(), ROWS[0].prompt_ids, 2, 2, ENDS)
-    assert torch.equal(torch.rand(2), want)
+def test_another_seed_draws_other_replies():
+    model, prompt = tiny_model(), ROWS[0].prompt_ids
+    one, two = (draw_replies(model, prompt, 5, 4, ENDS, seed) for seed in (0, 1))
+    assert one != two
 
 
 def test_fresh_replies_of_one_model_are_not_new():

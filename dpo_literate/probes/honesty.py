@@ -22,8 +22,8 @@ from .base import Change, ProbeReport, change_of, interval_of
 from .calibration import (aurc, auroc, brier, calibration_figure,
                                              ece, ece_floor, selective_honesty)
 from ..results import Refusal, data_dir
-from ..rows import encode_prompt, encode_reply
 from ..runs import progress as bar
+from ..turns import encode_turns
 
 # %% ../../nbs/33a_honesty.ipynb #a1ef3fb7
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def conversation_ids(
         lines = [("Answer: " if k % 2 else "Question: ") + t
                  for k, t in enumerate(turns)]
         prompt, said = "\n".join([*lines, "Answer:"]), [f" {y}" for y in replies]
-    replies = [encode_reply(prompt, y, tokenizer) for y in said]
-    return encode_prompt(prompt, tokenizer), replies
+    turns = encode_turns(prompt, said, tokenizer)
+    return turns.prompt_ids, turns.reply_ids
 
 # %% ../../nbs/33a_honesty.ipynb #55e3c3d3
 KNOWN = """

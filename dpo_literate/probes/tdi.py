@@ -19,7 +19,7 @@ from ..plots import COLORS, finish, new_fig
 from .base import (ProbeReport, Reading, change_between, change_of,
                                       reading_of)
 from ..results import Refusal, bootstrap_interval
-from ..rows import encode_prompt, encode_reply
+from ..turns import encode_turns
 
 # %% ../../nbs/30_tdi.ipynb #d6edf8bc
 CONTRACTIONS = {
@@ -365,11 +365,13 @@ def styled_ids(
     for k, pair in enumerate(pairs):
         prompt, reply = pair["prompt"], pair["chosen"]
         text = reply if isinstance(reply, str) else reply[-1]["content"]
-        for style, styled in {"plain": text, **style_variants(text)}.items():
-            chat = [{"role": "assistant", "content": styled}]
-            said = styled if isinstance(prompt, str) else chat
-            ids.append(encode_prompt(prompt, tokenizer) + encode_reply(prompt, said, tokenizer))
-            labels.append(k); styles.append(style)
+        styled = {"plain": text, **style_variants(text)}
+        said = list(styled.values())
+        if not isinstance(prompt, str):
+            said = [[{"role": "assistant", "content": t}] for t in said]
+        turns = encode_turns(prompt, said, tokenizer)
+        ids += [turns.prompt_ids + reply for reply in turns.reply_ids]
+        labels += [k] * len(styled); styles += styled
     return ids, labels, styles
 
 # %% ../../nbs/30_tdi.ipynb #fa2efc16
