@@ -113,8 +113,7 @@ def pair_inputs(**more):
                 rejected_lengths=0 * w + 4, **more)
 
 
-@pytest.mark.parametrize("name,settings,formula,a,b", GOLDEN,
-                         ids=[f"{name}{' smoothed' * (n == 1)}" for n, (name, *_) in enumerate(GOLDEN)])
+@pytest.mark.parametrize("name,settings,formula,a,b", GOLDEN, ids=[g[0] for g in GOLDEN])
 def test_golden_values(name, settings, formula, a, b):
     "The table's six digits (*reconstructed* in plain arithmetic), ours to 1e-10 of the formula."
     found = get_loss(name)(pair_inputs(), **settings)[0].tolist()
@@ -130,7 +129,7 @@ def test_golden_kto_one_reply_at_a_time():
     assert found == pytest.approx([.524979, .524979, .450166, .425557], abs=1e-6)
 
 
-# ------------------------------------------------------------ TRL's own loss code, fed with given log-probabilities
+# ------------------------------------------------------------ TRL's own loss code, fed by us
 
 def trl_dpo(token_logps, ref, mask, loss_type, sum_sq=None, **settings):
     "What TRL's DPOTrainer makes of these log-probabilities: its method, on a bag of settings."
