@@ -331,8 +331,10 @@ def _tools_within(row, where):
 def _clean(value):
     "Is it a text that is no list, or a list of messages? Then there is nothing to do."
     if isinstance(value, str): return value[:1] not in ("[", "{", " ", "\n")
-    return isinstance(value, list) and all(isinstance(m, dict) and m.get("role") in ROLES
-                                           for m in value)
+    if not isinstance(value, list): return False
+    for m in value:
+        if not isinstance(m, dict) or m.get("role") not in ROLES: return False
+    return True
 
 # %% ../nbs/05a_layouts.ipynb #e14c8a7f
 def lay_out(

@@ -120,8 +120,9 @@ def _is_reply(messages):
 # %% ../nbs/05_preferences.ipynb #fbdcd3c8
 def _common(a, b):
     "How many items two lists share at their beginning."
-    pairs = enumerate(zip(a, b))
-    return next((k for k, (x, y) in pairs if x != y), min(len(a), len(b)))
+    for k, (x, y) in enumerate(zip(a, b)):
+        if x != y: return k
+    return min(len(a), len(b))
 
 def _split_turns(chosen, rejected, where):
     "Two conversations, split at the first message that differs."
@@ -285,9 +286,10 @@ def _bare(messages):
 
 def _agrees(prompt, shared):
     "Does a prompt column say what both conversations begin with?"
-    theirs = _bare(shared)
-    if isinstance(prompt, str): return _bare(_turn(prompt, "user"))[0] in theirs
-    ours = _bare(prompt)
+    if isinstance(prompt, str): return any(
+        m["role"] == "user" and str(m.get("content")).strip() == prompt.strip()
+        for m in shared)
+    ours, theirs = _bare(prompt), _bare(shared)
     return ours == theirs[-len(ours):] or theirs == ours[-len(theirs):]
 
 # %% ../nbs/05_preferences.ipynb #83f02d5c
@@ -295,7 +297,8 @@ def _own_prompt(prompt, c, r, where, did):
     "Prompt and replies of two whole conversations beside a prompt column."
     asked = [max((k + 1 for k, m in enumerate(m_) if m["role"] == "user"), default=0)
              for m_ in (c, r)]
-    k = min(_common(_bare(c), _bare(r)), *asked)
+    k = min(_common(c, r), *asked)
+    if k < min(asked): k = min(_common(_bare(c), _bare(r)), *asked)
     if k == 0 or not _agrees(prompt, c[:k]): raise Refusal(
         f"{where}: the prompt column is not what both conversations begin with "
         f"(they share {k} messages): take the column out (columns prompt=), "
