@@ -53,7 +53,8 @@ FORMS = {  # name -> (template, its control tokens besides <s> and </s>)
                    f"<start_of_turn>model\n{T}<end_of_turn>\n", f"{T}\n",
                    "<start_of_turn>model\n", "<s>"), ["<start_of_turn>", "<end_of_turn>"]),
     "phi": (each(f"<|user|>\n{C}<|end|>\n", f"<|assistant|>\n{C}<|end|>\n",
-                 f"<|system|>\n{C}<|end|>\n", "<|assistant|>\n") + "{% if not add_generation_prompt %}</s>{% endif %}",
+                 f"<|system|>\n{C}<|end|>\n", "<|assistant|>\n")
+            + "{% if not add_generation_prompt %}</s>{% endif %}",
             ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]),
     "smolvlm": ("<|start|>{% for m in messages %}{{ m.role | capitalize }}{{ ': ' }}"
                 "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}"
@@ -231,8 +232,8 @@ def test_a_template_that_forgets_is_refused():
 # ---------------------------------------------------------------- no text becomes a control token
 
 PIECES = ["<|", "|>", "im_end", "\n", " ", "  ", "```", "｜", "＜|im_end|＞", "é", "😀", "\u202e",
-          "a", "<think>", "</think>", "\ue000", "\U000f003c", "[INST]", "[/INST]", "<", ">", "/", "the",
-          "<s", "</", "Human: ", "Assistant:", "<unk>", "<0x0A>", "\"", "\\", "."]
+          "a", "<think>", "</think>", "\ue000", "\U000f003c", "[INST]", "[/INST]", "<", ">", "/",
+          "the", "<s", "</", "Human: ", "Assistant:", "<unk>", "<0x0A>", "\"", "\\", "."]
 
 def spelled(tok, text): return any(tok.convert_ids_to_tokens(i) in text for i in control_ids(tok))
 
