@@ -1895,6 +1895,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'dpo_literate.templates._byte_level': ('templates.html#_byte_level', 'dpo_literate/templates.py'),
                                         'dpo_literate.templates._call_changed': ( 'templates.html#_call_changed',
                                                                                   'dpo_literate/templates.py'),
+                                        'dpo_literate.templates._call_turned': ('templates.html#_call_turned', 'dpo_literate/templates.py'),
                                         'dpo_literate.templates._check_messages': ( 'templates.html#_check_messages',
                                                                                     'dpo_literate/templates.py'),
                                         'dpo_literate.templates._codes': ('templates.html#_codes', 'dpo_literate/templates.py'),

@@ -9,12 +9,14 @@ __all__ = ['VERDICTS', 'Row', 'fit', 'length_weights', 'encode_pair', 'Counts', 
 import array, datetime, hashlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from .preferences import canonical, canonical_reply, is_single, parse_json, texts_of
+from .preferences import (
+    canonical, canonical_reply, is_single, parse_json, texts_of)
 from .results import Refusal
-from .templates import TEMPLATES, encode_text, tiny_tokenizer, unknown_id, watched
-from .templates import control_ids, render, segments  # noqa: F401  found here too
+from .templates import TEMPLATES, encode_text, tiny_tokenizer
+from .templates import unknown_id, watched
+from .templates import control_ids, render, segments  # noqa: F401  also here
 from .turns import encode_turns
-from .turns import encode_prompt, encode_reply, plain_bos  # noqa: F401  likewise
+from .turns import encode_prompt, encode_reply, plain_bos  # noqa: F401
 
 # %% ../nbs/06_rows.ipynb #e236577d
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Row:
     offset:float=0.        # margin asked of the pair
     chosen_weights:list[float]|None=None   # per token; None = all ones
     rejected_weights:list[float]|None=None # likewise
-    label:bool|None=None   # of a reply alone, which stands in `chosen_ids`: good or not
-    filler:bool=field(default=False, compare=False) # no row of the data: fills a batch
+    label:bool|None=None   # of a reply alone (in `chosen_ids`): good or not
+    filler:bool=field(default=False, compare=False) # not of the data: fills a batch
 
     @cached_property
     def key(self)->str:    # content of the row, not its place
@@ -143,8 +145,9 @@ class _Rules:
     def __post_init__(self):
         if self.identical not in ("refuse", "drop"): raise Refusal(
             f"identical={self.identical!r}: use refuse or drop")
-        if self.truncation not in ("refuse", "keep_start", "keep_end"): raise Refusal(
-            f"truncation={self.truncation!r}: use refuse, keep_start or keep_end")
+        if self.truncation in ("refuse", "keep_start", "keep_end"): return
+        raise Refusal(f"truncation={self.truncation!r}: use refuse, keep_start or "
+                      "keep_end")
 
 # %% ../nbs/06_rows.ipynb #ef2f5ccc
 def _turns(pair, tokenizer, rules):
@@ -276,7 +279,8 @@ def _count(counts, verdict, row, turns, unknown):
     counts.by[verdict] += 1
     if not isinstance(row, Row): return
     replies = [ids for ids in (row.chosen_ids, row.rejected_ids) if ids]
-    counts.ends_lost += any(map(lambda a, b: len(a) < len(b), replies, turns.reply_ids))
+    cut = (len(a) < len(b) for a, b in zip(replies, turns.reply_ids))
+    counts.ends_lost += any(cut)
     counts.no_end += turns.no_end
     counts.left_out += turns.left_out
     counts.joined += turns.joined > 0
@@ -285,23 +289,26 @@ def _count(counts, verdict, row, turns, unknown):
         counts.unknown += any(unknown in ids for ids in (row.prompt_ids, *replies))
 
 # %% ../nbs/06_rows.ipynb #06000010
+_NOTES = {
+    "reply cut": "were cut at the end of a reply; raise max_length",
+    "prompt cut": "were cut at the beginning of their prompt; raise max_length",
+    "ends_lost": "lost the end token of a reply to the cut: a model trained on many of "
+                 "these does not learn to stop",
+    "no_end": "have a reply that the chat template leaves without an end token",
+    "left_out": "lose part of a reply, or the system turn: the chat template does not "
+                "write it",
+    "joined": "have a reply whose first letters change the prompt's last token, which "
+              "is scored with the reply",
+    "unknown": "have a character that the vocabulary lacks"}
+
 def _notes(self)->list[str]:
     "What a reader of the run should know, in whole sentences."
-    cut, start = self.by["reply cut"], self.by["prompt cut"]
-    asked = ", ".join(map(repr, self.asked))
-    said = [
-        (cut, f"were cut at the end of a reply ({self.ends_lost} lost an end token: a "
-              "model trained on many of these does not learn to stop); raise max_length"),
-        (start, "were cut at the beginning of their prompt; raise max_length to keep it"),
-        (self.no_end, "have a reply that the chat template leaves without an end token"),
-        (self.left_out, "lose part of a reply, or the system turn: the chat template "
-                        "does not write it"),
-        (sum(self.asked.values()), f"end their prompt before {asked}, with which a "
-                                   "server asks and no conversation of the template does"),
-        (self.joined, "have a reply whose first letters change the prompt's last token, "
-                      "which is scored with the reply"),
-        (self.unknown, "have a character that the vocabulary lacks")]
-    return [f"{n} of {self.rows_in} rows {what}" for n, what in said if n]
+    counted = {**self.by, **vars(self)}
+    said = [f"{counted[k]} of {self.rows_in} rows {what}" for k, what in _NOTES.items()
+            if counted[k]]
+    return said + [f"{n} of {self.rows_in} rows end their prompt before {text!r}, with "
+                   "which a server asks and no conversation of the template does"
+                   for text, n in self.asked.items()]
 
 Counts.notes = _notes
 
@@ -312,8 +319,8 @@ def _too_long(long, rows_in, max_length):
     fills = sum(row[1] >= max_length for row in long)
     return (
         f"{len(long)} of {rows_in} {'pairs' if r else 'replies'} are longer than "
-        f"max_length={max_length} ({fills} by the prompt alone), first {where} with a "
-        f"prompt of {p} and {_sizes(c, r)} tokens; raise max_length, or choose "
+        f"max_length={max_length} ({fills} by the prompt alone), first {where} with "
+        f"a prompt of {p} and {_sizes(c, r)} tokens; raise max_length, or choose "
         "truncation keep_start or keep_end")
 
 # %% ../nbs/06_rows.ipynb #06000011
@@ -333,7 +340,8 @@ def _judge_all(pairs, tokenizer, rules, stop):
         _count(counts, verdict, row, turns, unknown)
         if isinstance(row, Row): rows.append(row)
         elif verdict == "refused": long.append(row)
-    if long: counts.refusals.append(_too_long(long, counts.rows_in, rules.max_length))
+    if long:
+        counts.refusals.append(_too_long(long, counts.rows_in, rules.max_length))
     return rows, counts
 
 # %% ../nbs/06_rows.ipynb #5d85061a
@@ -347,7 +355,7 @@ def encode_pairs(
 )->tuple[list[Row],Counts]:    # rows, and what became of all that came in
     "Encode every pair; the counts add up to the pairs given."
     rules = _Rules(max_length, truncation, score_tail, ld_alpha, identical,
-                   date or datetime.date.today())           # one day for all of them
+                   date or datetime.date.today())  # one day for all of them
     rows, counts = watched(lambda: _judge_all(pairs, tokenizer, rules, stop=True))
     if counts.refusals: raise Refusal(counts.refusals[0])
     return rows, counts
@@ -358,7 +366,7 @@ def check_pairs(
     *, max_length:int|None=1024, truncation:str="refuse",   # likewise
     score_tail:bool=False, ld_alpha:float|None=None,        # likewise
     identical:str="refuse", date=None,                      # likewise
-)->Counts:            # `refusals`: what `encode_pairs` would refuse, one sentence each
+)->Counts:            # `refusals`: what `encode_pairs` would raise, in sentences
     "What would become of the pairs, nothing raised for a row."
     rules = _Rules(max_length, truncation, score_tail, ld_alpha, identical,
                    date or datetime.date.today())
@@ -367,8 +375,8 @@ def check_pairs(
 # %% ../nbs/06_rows.ipynb #7d11e603
 def split_pairs(
     rows:list[Row], # pairs
-)->list[Row]:       # twice as many replies, the chosen one labelled good, the other bad
+)->list[Row]:       # twice as many replies, chosen ones labelled good, others bad
     "Each pair as two replies with a label."
     alone = dict(rejected_ids=[], chosen_weights=None, rejected_weights=None)
-    return [replace(r, chosen_ids=ids, label=label, **alone)
-            for r in rows for ids, label in ((r.chosen_ids, True), (r.rejected_ids, False))]
+    return [replace(r, chosen_ids=ids, label=label, **alone) for r in rows
+            for ids, label in ((r.chosen_ids, True), (r.rejected_ids, False))]

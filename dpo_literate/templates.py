@@ -24,8 +24,8 @@ _KIND = ("{% if messages[0]['role'] != 'system' %}"
          "{{'<|im_start|>system\nBe kind.<|im_end|>\n'}}{% endif %}")
 _EARLIER = "{% if m['role'] == 'assistant' and not loop.last %}"
 _NO_THOUGHT = _TURN.replace("m['content']", "m['content'].split('</think>')[-1]")
-_HUMAN = ("{{'\n\nHuman: ' if m['role'] == 'user' else '\n\nAssistant: '}}{{m['content']}}"
-          "{% if m['role'] == 'assistant' %}{{eos_token}}{% endif %}")
+_HUMAN = ("{{'\n\nHuman: ' if m['role'] == 'user' else '\n\nAssistant: '}}"
+          "{{m['content'] + (eos_token if m['role'] == 'assistant' else '')}}")
 
 # %% ../nbs/05d_templates.ipynb #5b000006
 TEMPLATES = {
@@ -127,7 +127,8 @@ class _Controls(NamedTuple):
 
 def _controls(tokenizer):
     def make():
-        ids = {tokenizer.convert_ids_to_tokens(i): i for i in control_ids(tokenizer)}
+        word = tokenizer.convert_ids_to_tokens
+        ids = {word(i): i for i in control_ids(tokenizer)}
         longest = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
         added = tokenizer.added_tokens_decoder.items()
         return _Controls(ids, re.compile(longest or "(?!)"),
@@ -161,7 +162,7 @@ def _data_ids(tokenizer, text, first):
     words = _controls(tokenizer).pattern.finditer(text)
     cuts = [0, *(m.start() + 1 for m in words), len(text)]
     start, *rest = (text[a:b] for a, b in zip(cuts, cuts[1:]))
-    ids = first(tokenizer, start) + [i for t in rest for i in _middle_ids(tokenizer, t)]
+    ids = sum((_middle_ids(tokenizer, t) for t in rest), first(tokenizer, start))
     bad = steering.intersection(ids)
     if not bad: return ids
     raise Refusal("text from data became the control token "
@@ -177,7 +178,7 @@ def encode_text(
 
 def _text_ids(tokenizer, text):
     "The same for a text that starts a string."
-    return _data_ids(tokenizer, text, lambda tokenizer, text: _ids(tokenizer, text, True))
+    return _data_ids(tokenizer, text, lambda tokenizer, t: _ids(tokenizer, t, True))
 
 # %% ../nbs/05d_templates.ipynb #5b000010
 PLANES = {"prompt": 0xF0000, "reply": 0x100000}   # where private planes begin
@@ -201,7 +202,7 @@ def _moved(text, plane, spare):
     core, before = text.strip(), len(text) - len(text.lstrip())
     if not core: return text
     codes = _codes(core)
-    move = (codes < 0x10000) | (codes >= PLANES["prompt"])   # emoji stay where they are
+    move = (codes < 0x10000) | (codes >= PLANES["prompt"])   # emoji stay
     if spare: move &= (codes > 32) & (codes != ord('"')) & (codes != ord("\\"))
     moved = _string(np.where(move, (codes & 0xFFFF) + plane, codes))
     return text[:before] + moved + text[before + len(core):]
@@ -227,8 +228,9 @@ def _each_text(value, change):
 def _call_changed(call, change):
     "A tool call, its name and arguments changed."
     inner = call.get("function", call)
-    new = {k: _each_text(inner[k], change) for k in ("name", "arguments") if k in inner}
-    return {**call, "function": {**inner, **new}} if "function" in call else {**call, **new}
+    new = {**inner, **{k: _each_text(inner[k], change)
+                       for k in ("name", "arguments") if k in inner}}
+    return {**call, "function": new} if "function" in call else new
 
 # %% ../nbs/05d_templates.ipynb #5b000022
 def _message_changed(message, change):
@@ -247,7 +249,7 @@ def _check_messages(messages):
             raise Refusal("a message holds more than text (pictures); only text, "
                           "reasoning and tool calls are encoded here")
         shapes = [c.get("function", c) if isinstance(c, dict) else c for c in calls]
-        if not isinstance(calls, list) or not all(isinstance(s, dict) for s in shapes):
+        if type(calls) is not list or any(not isinstance(s, dict) for s in shapes):
             raise Refusal("tool_calls must be a list of objects with a function's "
                           "name and arguments")
 
@@ -289,8 +291,8 @@ class _Way:
             {**m, "content": [{"type": "text", "text": m.get("content") or ""}]}
             for m in messages]
         return self.tokenizer.apply_chat_template(
-            messages, tools=self.tools, chat_template=self.template,
-            tokenize=False, add_generation_prompt=reply_next, **self.variables or {})
+            messages, tools=self.tools, chat_template=self.template, tokenize=False,
+            add_generation_prompt=reply_next, **self.variables or {})
 
 # %% ../nbs/05d_templates.ipynb #5b000026
 class _Watched(threading.Thread):
@@ -305,13 +307,13 @@ def _stop(thread):
 def _wait(thread, looks=6, pause=.3):
     "Wait for a thread; stop it when it stays at one string for so many looks."
     same, seen = 0, None
-    while thread.is_alive():            # looks, not seconds: a laptop may have slept
+    while thread.is_alive():         # looks, not seconds: a laptop may have slept
         thread.join(pause)
         same = same + 1 if thread.since is not None and thread.since == seen else 0
         seen = thread.since
         if same < looks - 1: continue
-        raise Refusal("the chat template did not end within 2 seconds: it loops too "
-                      "long for these messages; mend tokenizer.chat_template")
+        raise Refusal("the chat template did not end within 2 seconds: it loops "
+                      "too long for these messages; mend tokenizer.chat_template")
 
 # %% ../nbs/05d_templates.ipynb #5d000003
 def watched(
@@ -332,6 +334,7 @@ def watched(
     if error is not None: raise error
     return value
 
+# %% ../nbs/05d_templates.ipynb #5d000005
 def _limited(work):
     "What `work()` returns; in a watched thread, which is told when it begins."
     thread = threading.current_thread()
@@ -371,12 +374,12 @@ def _day(date):
 
 def _dated(template, date):
     "The template with its date fixed."
-    asked = "strftime_now" in template and {m[2] for m in _ASKS_DATE.finditer(template)}
-    if not asked: return template
+    if "strftime_now" not in template: return template
+    asked = {m[2] for m in _ASKS_DATE.finditer(template)}
     days = json.dumps({form: _day(date).strftime(form) for form in sorted(asked)})
     # trim_blocks takes the line end away, so the template's first line stays first
-    return ("{% macro strftime_now(form) %}{{ " + days + "[form] or raise_exception("
-            "'an unknown form of date') }}{% endmacro %}\n" + template)
+    return ("{% macro strftime_now(form) %}{{ " + days + "[form] or "
+            "raise_exception('an unknown form of date') }}{% endmacro %}\n" + template)
 
 # %% ../nbs/05d_templates.ipynb #5b000030
 def _variables(tokenizer, given):
@@ -386,9 +389,9 @@ def _variables(tokenizer, given):
     if not isinstance(given, dict) or not all(isinstance(k, str) for k in given):
         raise Refusal("chat_template_kwargs must be an object with named values")
     ours = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
-    if taken := sorted(ours.intersection(given) - {"documents"}):
-        raise Refusal(f"chat_template_kwargs names {taken[0]!r}, which is no variable "
-                      "of the template; take it out")
+    taken = sorted(ours.intersection(given) - {"documents"})
+    if taken: raise Refusal(f"chat_template_kwargs names {taken[0]!r}, which is no "
+                            "variable of the template; take it out")
     _no_control(tokenizer, given, "chat_template_kwargs")
     return {k: v for k, v in given.items() if v is not None}
 
@@ -404,10 +407,9 @@ def _prints(way, *roles):
 
 def _with_parts(way):
     "The same way; contents become lists of parts where only these are printed."
-    def wanted():
-        return not _prints(way, "user") and _prints(replace(way, parts=True), "user")
-    parts = _memo(way.tokenizer, ("parts", way.template), wanted)
-    return replace(way, parts=True) if parts else way
+    other = replace(way, parts=True)
+    def wanted(): return not _prints(way, "user") and _prints(other, "user")
+    return other if _memo(way.tokenizer, ("parts", way.template), wanted) else way
 
 def _drops_system(way):
     def look(): return not _prints(way, "system", "user")
@@ -452,11 +454,11 @@ def _turned(tokenizer, messages, side, spare):
     "Messages of one side in the second alphabet."
     fields = [_message_changed(m, lambda t: "") for m in messages]
     _no_control(tokenizer, fields, "a field of a message")
-    return [_message_changed(m, lambda t: _in_twin(tokenizer, t, PLANES[side], spare))
-            for m in messages]
+    def turn(text): return _in_twin(tokenizer, text, PLANES[side], spare)
+    return [_message_changed(m, turn) for m in messages]
 
 def _twin_jobs(tokenizer, jobs, spare):
-    "Messages of the twins that are wanted; a prompt that jobs share is turned once."
+    "Messages of the twins that are wanted; a shared prompt is turned once."
     prompts, out = {}, []
     for j in jobs:
         if not j.both: continue
@@ -478,8 +480,8 @@ def _is_twin(r):
     "Formula (5d.1): folded, the twin is the text."
     if r.text is r.twin: return True
     if len(r.text) != len(r.twin): return False
-    folded = _folded(r.twin)
-    return bool((folded == _codes(r.text)).all() or (folded == _folded(r.text)).all())
+    back = _folded(r.twin)
+    return bool((back == _codes(r.text)).all() or (back == _folded(r.text)).all())
 
 # %% ../nbs/05d_templates.ipynb #3e9161aa
 def _differ(r):
@@ -498,25 +500,28 @@ def _twice(way, jobs):
     _differ(odd)
 
 # %% ../nbs/05d_templates.ipynb #5b000039
-def _other_arguments(message):
-    "The message with the arguments of its tool calls in their other form."
-    def turned(call):
-        inner = call.get("function", call)
-        given = inner.get("arguments")
-        try: new = json.loads(given) if isinstance(given, str) else json.dumps(given)
-        except ValueError: new = given
-        new = {**inner, "arguments": new}
-        return {**call, "function": new} if "function" in call else new
-    calls = message.get("tool_calls")
-    return {**message, "tool_calls": [turned(c) for c in calls]} if calls else message
+def _call_turned(call):
+    "A tool call with its arguments in their other form."
+    inner = call.get("function", call)
+    given = inner.get("arguments")
+    try: new = (json.loads if isinstance(given, str) else json.dumps)(given)
+    except ValueError: new = given
+    new = {**inner, "arguments": new}
+    return {**call, "function": new} if "function" in call else new
 
+def _other_arguments(messages):
+    "Messages with the arguments of all tool calls in their other form."
+    return [{**m, "tool_calls": list(map(_call_turned, m["tool_calls"]))}
+            if m.get("tool_calls") else m for m in messages]
+
+# %% ../nbs/05d_templates.ipynb #5d000006
 def _renderings(way, jobs):
     "Text and twin of every job."
     for j in jobs: _check_messages(j.prompt + j.reply)
     try: return _twice(way, jobs)
     except Refusal as refusal:
-        other = [j._replace(prompt=list(map(_other_arguments, j.prompt)),
-                            reply=list(map(_other_arguments, j.reply))) for j in jobs]
+        other = [j._replace(prompt=_other_arguments(j.prompt),
+                            reply=_other_arguments(j.reply)) for j in jobs]
         if other == jobs: raise
         try: return _twice(way, other)
         except Refusal: raise refusal from None

@@ -10,8 +10,8 @@ import json, os
 from typing import NamedTuple
 from .results import Refusal
 from .templates import PLANES, Rendering, encode_text
-from .templates import (_codes, _controls, _drops_system, _ids, _Job, _memo,
-    _renderings, _TAG, _text_ids, _TEXTS, _way)
+from .templates import _Job, _renderings, _TAG, _text_ids, _TEXTS, _way
+from .templates import _codes, _controls, _drops_system, _ids, _memo
 
 # %% ../nbs/05e_turns.ipynb #5b000045
 def _checked(tokenizer, r, ids):
@@ -21,15 +21,14 @@ def _checked(tokenizer, r, ids):
     marks = list(controls.pattern.finditer(r.twin))
     spelled = [m.span() for m in controls.pattern.finditer(r.text)]
     steer = [i for i in ids if i in controls.steering]
-    if spelled == [m.span() for m in marks] and \
-       steer == [controls.ids[m[0]] for m in marks]: return ids
-    return _careful_ids(tokenizer, r.text, marks)
+    wrote = [m.span() for m in marks], [controls.ids[m[0]] for m in marks]
+    return ids if (spelled, steer) == wrote else _careful_ids(tokenizer, r.text, marks)
 
 def _piece_ids(tokenizer, rs):
     "Ids of renderings, or of parts that start with a control token, in one call."
     many = tokenizer([r.text for r in rs], add_special_tokens=False)["input_ids"]
-    if all(isinstance(ids, list) and all(type(i) is int for i in ids[:1])
-           for ids in many): return [_checked(tokenizer, *two) for two in zip(rs, many)]
+    flat = (type(ids) is list and all(type(i) is int for i in ids[:1]) for ids in many)
+    if all(flat): return [_checked(tokenizer, r, ids) for r, ids in zip(rs, many)]
     raise Refusal("the tokenizer gave no flat lists of integers")
 
 # %% ../nbs/05e_turns.ipynb #5b000047
@@ -40,10 +39,11 @@ def _behind(tokenizer):
         ids = _ids(tokenizer, mark + "a", False)
         for way in (_text_ids, encode_text):
             if ids == [i, *way(tokenizer, "a")]: return way
-        raise Refusal("this tokenizer encodes text behind a control token in a way of "
-                      "its own; a text that spells control tokens cannot be encoded")
+        raise Refusal("this tokenizer encodes text behind a control token in its own "
+                      "way; a text that spells control tokens cannot be encoded")
     return _memo(tokenizer, "behind", look)
 
+# %% ../nbs/05e_turns.ipynb #5e000013
 def _careful_ids(tokenizer, text, marks):
     "Ids of a string; only the marks become control tokens, whatever it spells."
     controls, ids, at, encode = _controls(tokenizer), [], 0, _text_ids
@@ -72,8 +72,9 @@ def _border(way, prompt, head, wholes):
     if all(_last(t.twin, PLANES["reply"]) <= border for t in twins): return border
     other = next(w.text for w in wholes if not w.text.startswith(head[:border + 1]))
     raise Refusal("the template writes the prompt otherwise when a reply follows: "
-                  f"{head[border:border + 30]!r} against {other[border:border + 30]!r}; "
-                  "take reasoning out of the prompt's assistant turns, or shorten it")
+                  f"{head[border:border + 30]!r} against "
+                  f"{other[border:border + 30]!r}; take reasoning out of the prompt's "
+                  "assistant turns, or shorten it")
 
 # %% ../nbs/05e_turns.ipynb #5b000053
 def _cut(tokenizer, twin, border):
@@ -95,6 +96,7 @@ def _end_of(tokenizer, r, border, score_tail):
     if not ends: return len(r.text), False
     return (len(r.text) if score_tail else ends[-1]), True
 
+# %% ../nbs/05e_turns.ipynb #5e000014
 def _said(message):
     "What a message says, piece by piece: texts between tags, names of tools."
     for name in _TEXTS:
@@ -107,8 +109,9 @@ def _leaves_out(way, written, job):
     "Does the template drop a part of the reply, or a system turn?"
     if job.prompt[0].get("role") == "system" and _drops_system(way): return True
     pieces = (piece for m in job.reply for piece in _said(m))
-    return not all(piece in written or json.dumps(piece, ensure_ascii=False)[1:-1] in written
-                   for piece in pieces)
+    return any(piece not in written and
+               json.dumps(piece, ensure_ascii=False)[1:-1] not in written
+               for piece in pieces)
 
 # %% ../nbs/05e_turns.ipynb #5b000056
 class Turns(NamedTuple):
@@ -118,14 +121,14 @@ class Turns(NamedTuple):
     asked:str=""             # what a server asks with and no conversation shows
     joined:int=0             # tokens of the server's prompt that reach into a reply
     no_end:bool=False        # is a reply without an end token?
-    left_out:bool=False      # does the template drop part of a reply, or a system turn?
+    left_out:bool=False      # does the template drop part of one, or a system turn?
 
 # %% ../nbs/05e_turns.ipynb #5b000057
 def _chat_turns(way, prompt, replies, prefix, score_tail):
     "Formula (5e.1) on what the template writes."
     tokenizer = way.tokenizer
-    jobs = [_Job(prompt, [], True, False),
-            *(_Job(prompt, _behind_prefix(prefix, r), False, True) for r in replies)]
+    replies = [_behind_prefix(prefix, r) for r in replies]
+    jobs = [_Job(prompt, [], True, False), *(_Job(prompt, r, False, True) for r in replies)]
     head, *wholes = _renderings(way, jobs)
     head = head.text + prefix
     border = _border(way, prompt, head, wholes)
@@ -138,9 +141,11 @@ def _chat_turns(way, prompt, replies, prefix, score_tail):
         _part(wholes[0], 0, cut), asked,
         *(_part(w, cut, e) for w, (e, _) in zip(wholes, ends))])
     n = _shared([asked, *tails])
+    left_out = any(_leaves_out(way, w.text[border:], j)
+                   for w, j in zip(wholes, jobs[1:]))
     return Turns(before + asked[:n], [t[n:] for t in tails], head[border:],
-                 0 if head[border:] else len(asked) - n, not all(e for _, e in ends),
-                 any(_leaves_out(way, w.text[border:], j) for w, j in zip(wholes, jobs[1:])))
+                 joined=0 if head[border:] else len(asked) - n,
+                 no_end=not all(ended for _, ended in ends), left_out=left_out)
 
 # %% ../nbs/05e_turns.ipynb #5b000059
 def _behind_prefix(prefix, reply):
@@ -169,7 +174,8 @@ def _text_turns(tokenizer, prompt, replies, prefix):
     "Prompt, shared beginning and replies, each encoded by itself."
     ids = plain_bos(tokenizer) + _text_ids(tokenizer, prompt)
     ids += encode_text(tokenizer, prefix)
-    return Turns(ids, [encode_text(tokenizer, r) + _end(tokenizer) for r in replies])
+    replies = [encode_text(tokenizer, r) + _end(tokenizer) for r in replies]
+    return Turns(ids, replies)
 
 # %% ../nbs/05e_turns.ipynb #5b000061
 def encode_turns(
@@ -183,7 +189,8 @@ def encode_turns(
     template_kwargs=None,  # variables of the template
 )->Turns:
     "The ids of a prompt and of replies to it, as a server makes them."
-    if isinstance(prompt, str): return _text_turns(tokenizer, prompt, replies, prefix)
+    if isinstance(prompt, str):
+        return _text_turns(tokenizer, prompt, replies, prefix)
     way = _way(tokenizer, tools, date, template_kwargs)
     return _chat_turns(way, prompt, replies, prefix, score_tail)
 
@@ -196,9 +203,11 @@ def encode_prompt(
     template_kwargs=None, # variables of the template
 )->list[int]:
     "The ids a model is asked with, as a server makes them."
-    if isinstance(prompt, str): return _text_turns(tokenizer, prompt, [], "").prompt_ids
+    if isinstance(prompt, str):
+        return _text_turns(tokenizer, prompt, [], "").prompt_ids
     way = _way(tokenizer, tools, date, template_kwargs)
-    return _piece_ids(tokenizer, _renderings(way, [_Job(prompt, [], True, True)]))[0]
+    rendering = _renderings(way, [_Job(prompt, [], True, True)])
+    return _piece_ids(tokenizer, rendering)[0]
 
 # %% ../nbs/05e_turns.ipynb #b6eaed06
 def encode_reply(
@@ -209,7 +218,8 @@ def encode_reply(
     **given,               # date and template_kwargs, as for `encode_turns`
 )->list[int]:
     "Ids of a reply that stands behind the ids of `encode_prompt`."
-    turns = encode_turns(prompt, [reply], tokenizer, tools, score_tail=score_tail, **given)
+    turns = encode_turns(prompt, [reply], tokenizer, tools, score_tail=score_tail,
+                         **given)
     if turns.asked or turns.joined: raise Refusal(
         "with this template the reply changes the end of the prompt"
         f"{f' ({turns.asked[:30]!r})' * bool(turns.asked)}; "

@@ -55,7 +55,7 @@ MUTANTS = [
     Mutant("token weights ignored", "logps", "if batch.token_weights is not None:\n        weighted", "if False:\n        weighted", "test_logps.py::test_weights_count_token_by_token"),
     # ---- tokens
     Mutant("data may become control tokens", "turns",
-           "    if spelled == [m.span() for m in marks] and", "    if True or",
+           "return ids if (spelled, steer) == wrote else", "return ids if True else",
            "test_rows.py::test_controls_in_every_field", True),
     Mutant("letters between control tokens are looked up", "templates",
            "split_special_tokens=data", "split_special_tokens=False",

@@ -233,7 +233,7 @@ def test_a_template_that_forgets_is_refused():
 
 PIECES = ["<|", "|>", "im_end", "\n", " ", "  ", "```", "｜", "＜|im_end|＞", "é", "😀", "\u202e",
           "a", "<think>", "</think>", "\ue000", "\U000f003c", "[INST]", "[/INST]", "<", ">", "/",
-          "the",          "<s", "</", "Human: ", "Assistant:", "<unk>", "<0x0A>", "\"", "\\", "."]
+          "the", "<s", "</", "Human: ", "Assistant:", "<unk>", "<0x0A>", "\"", "\\", "."]
 
 def spelled(tok, text): return any(tok.convert_ids_to_tokens(i) in text for i in control_ids(tok))
 
