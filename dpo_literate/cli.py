@@ -705,7 +705,7 @@ def check_files(args)->None:
             raise Refusal(f"{path}: no such file or folder")
 
 def later(
-    where:str,            # "ppo.main_ppo"
+    where:str,            # "ppo_text.main_ppo"
     args:SimpleNamespace, # what it takes
 )->int:                   # its exit code
     "Call the function of a module when it is wanted, and what it needs is there."
@@ -747,8 +747,8 @@ COMMANDS = {
                             functools.partial(later, "reward_model.main_reward_train"),
                             ("cli.RewardTrainOptions",), None,
                             PAPER | dict(batch_size="batch", eval_data="eval")),
-    "ppo": Command("train a policy by PPO on a reward", functools.partial(later, "ppo.main_ppo"),
-                   ("cli.PPOOptions", "ppo.PPOConfig"), None, PAPER),
+    "ppo": Command("train a policy by PPO on a reward", functools.partial(later, "ppo_text.main_ppo"),
+                   ("cli.PPOOptions", "ppo_text.PPOConfig"), None, PAPER),
     "frontier": Command("reward against KL for DPO, PPO, SFT, unlikelihood and best-of-n",
                         functools.partial(later, "frontier_cells.main_frontier"),
                         ("cli.FrontierOptions", "frontier_cells.FrontierConfig"), None, PAPER),

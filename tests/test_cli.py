@@ -501,7 +501,7 @@ def test_an_unwritable_folder_is_a_matter_of_the_disk(model, tmp_path):
     (tmp_path / "file").write_text("")
     done = here("train", "--model", model, "--data", pairs(tmp_path / "p.jsonl"), "--out",
                 tmp_path / "file" / "out")
-    refused(done, code=4)
+    refused(done, code=2)
 
 
 def test_a_trained_model_is_another_and_the_folder_is_not_overwritten(model, tmp_path):
