@@ -592,7 +592,8 @@ def generate(
     args:SimpleNamespace, # the fields of `GenerateOptions`
 )->int:                   # 0
     "Answer prompts."
-    if args.out: new_folder(args.out, "choose another --out")
+    if args.out and Path(args.out).exists():
+        raise Refusal(f"{args.out} exists already: choose another --out")
     if not (args.prompt or args.prompts):
         raise Refusal("which prompts? --prompt TEXT or --prompts FILE")
     check_files(args)
@@ -747,7 +748,8 @@ COMMANDS = {
                             functools.partial(later, "reward_model.main_reward_train"),
                             ("cli.RewardTrainOptions",), None,
                             PAPER | dict(batch_size="batch", eval_data="eval")),
-    "ppo": Command("train a policy by PPO on a reward", functools.partial(later, "ppo_text.main_ppo"),
+    "ppo": Command("train a policy by PPO on a reward",
+                   functools.partial(later, "ppo_text.main_ppo"),
                    ("cli.PPOOptions", "ppo_text.PPOConfig"), None, PAPER),
     "frontier": Command("reward against KL for DPO, PPO, SFT, unlikelihood and best-of-n",
                         functools.partial(later, "frontier_cells.main_frontier"),
