@@ -618,6 +618,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'dpo_literate.inputs.check_policy': ('inputs.html#check_policy', 'dpo_literate/inputs.py'),
                                      'dpo_literate.inputs.encode_sets': ('inputs.html#encode_sets', 'dpo_literate/inputs.py'),
                                      'dpo_literate.inputs.fit_rows': ('inputs.html#fit_rows', 'dpo_literate/inputs.py'),
+                                     'dpo_literate.inputs.is_stream': ('inputs.html#is_stream', 'dpo_literate/inputs.py'),
                                      'dpo_literate.inputs.make_policy': ('inputs.html#make_policy', 'dpo_literate/inputs.py'),
                                      'dpo_literate.inputs.prepare_rows': ('inputs.html#prepare_rows', 'dpo_literate/inputs.py'),
                                      'dpo_literate.inputs.rows_of_a_step': ('inputs.html#rows_of_a_step', 'dpo_literate/inputs.py'),

@@ -259,7 +259,12 @@ def tune_and_test(
     return dict(knob=method.grid[at], edge=last > 0 and at in (0, last), **values)
 
 # %% ../nbs/20c_one_world.ipynb #0250bfcd
-RECORDS = {condition: f"variants_world_{condition}" for condition in CONDITIONS}
+RECORDS = {"clean": "variants_world_clean",
+           "flipped": "variants_world_flipped",
+           "sparse": "variants_world_sparse",
+           "lengthy": "variants_world_lengthy",
+           "certain": "variants_world_certain",
+           "alike": "variants_world_alike"}
 
 def recorded_comparison(
 )->dict[str,dict]: # condition -> method -> what `tune_and_test` returned

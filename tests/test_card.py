@@ -24,7 +24,7 @@ def facts(**more): return CardFacts(**dict(name="n", base="a/b", adapter=False, 
 def test_a_card_says_base_data_settings_and_results():
     read = [Reading("accuracy", .75, .5, .9, "12 held-out pairs"), Reading("loss", .5)]
     head, body = parts(model_card(facts(
-        base="bundled", adapter=True, data="/home/me/mine.jsonl", sha256="ab" * 32, results=read,
+        base="bundled", adapter=True, data="data/mine.jsonl", sha256="ab" * 32, results=read,
         settings=dict(beta=.1, loss_type=["sigmoid", "sft"], learning_rate=2e-4), tags=["mine"])))
     assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert head["library_name"] == "peft"

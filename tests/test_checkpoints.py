@@ -482,7 +482,7 @@ def test_latest_falls_back_and_an_explicit_path_does_not(file, run, tmp_path, ca
     assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before, "something was written"
     resumed = make(tmp_path)
     resumed.train(resume_from_checkpoint=True)
-    assert file in caplog.text and "checkpoint-7" in caplog.text and resumed.seen == 6
+    assert file in caplog.text and "checkpoint-7" in caplog.text and resumed.parts["seen"].step == 6
     assert_same(straight, resumed)
     assert (tmp_path / "aside-checkpoint-7").is_dir() and ck.latest(tmp_path).name == "checkpoint-9"
 
@@ -678,7 +678,7 @@ def other_run(out, change):
 @pytest.mark.parametrize("key", CHANGES)
 def test_other_run_is_refused_unless_allowed(key, run, tmp_path):
     out = only(run[0] / "full", 5, tmp_path)
-    was, now = run[1]["full"].known[key], other_run(tmp_path / "unused", CHANGES[key]).identity()[key]
+    was, now = run[1]["full"].folder.identity[key], other_run(tmp_path / "unused", CHANGES[key]).identity()[key]
     other = other_run(out, CHANGES[key])
     before = weights_hash(other.model)
     no = refusal(other.train, resume_from_checkpoint=True)
@@ -698,7 +698,7 @@ def test_all_differences_are_named_at_once(run, tmp_path):
     assert "data was 'a' and is 'b'" in said and "beta was 0.1 and is 9" in said and "order_seed was 42 and is 7" in said
 
 
-def test_world_size_is_part_of_it(run): assert run[1]["full"].known["world_size"] == 1
+def test_world_size_is_part_of_it(run): assert run[1]["full"].folder.identity["world_size"] == 1
 
 
 def test_typo_in_allow_change(run, tmp_path):
@@ -809,7 +809,8 @@ def test_going_back_keeps_later_work(run, tmp_path):
 # ------------------------------------------------------------ T47: one run, one folder
 
 def hold(out):
-    rf.RunLock(out).take()
+    lock = rf.RunLock(out)   # held as long as there is a reference to it
+    lock.take()
     (Path(out) / "held").touch()
     time.sleep(60)
 
@@ -837,7 +838,8 @@ def test_a_file_is_no_lock(text, tmp_path):
 
 def race(out, gate, results):
     gate.wait()
-    try: rf.RunLock(out).take(); results.put(os.getpid())
+    lock = rf.RunLock(out)
+    try: lock.take(); results.put(os.getpid())
     except Refusal: results.put(None)
     time.sleep(1)
 

@@ -155,12 +155,12 @@ MUTANTS = [
     Mutant("leakage sees letters only as they are", "audit", "text.casefold().split()",
            "text.split()", "test_preferences.py::test_leakage_in_every_form"),
     # ---- labelled replies, and what the trainer keeps
-    Mutant("a reply measured against its own prompt", "trainer", "and o.prompt_ids != r.prompt_ids), None)", "), None)", "test_unpaired.py::test_a_neighbour_with_the_same_prompt_is_passed_over", True),
-    Mutant("labels turned", "trainer", "column(float(r.label) for r", "column(float(not r.label) for r", "test_unpaired.py::test_any_cut_is_the_plain_loop[bco-gpt2]"),
+    Mutant("a reply measured against its own prompt", "objective", "and o.prompt_ids != row.prompt_ids), None)", "), None)", "test_unpaired.py::test_a_neighbour_with_the_same_prompt_is_passed_over", True),
+    Mutant("labels turned", "objective", "column(float(r.label) for r", "column(float(not r.label) for r", "test_unpaired.py::test_any_cut_is_the_plain_loop[bco-gpt2]"),
     Mutant("shares of a heap in float32", "departures", ".double() / m", " / m", "test_unpaired.py::test_any_cut_is_the_plain_loop[aot_unpaired-gpt2]"),
-    Mutant("a mean over both labels", "trainer", 'counts.get(k.rpartition("/")[2], sums["pairs"])', 'sums["pairs"]', "test_unpaired.py::test_trl_step_by_step[apo_zero_unpaired]"),
-    Mutant("running means lost on resume", "trainer", 'if self.running: self.running.seen = {k: v.item()', "if False: self.running.seen = {k: v.item()", "test_unpaired.py::test_a_run_goes_on_to_the_bit[bco]"),
-    Mutant("the reference not asked again", "trainer", "        self.check_reference()\n        super()", "        super()", "test_trainer.py::test_a_reference_that_moved_stops_the_run_at_its_checkpoint[frozen]"),
+    Mutant("a mean over both labels", "objective", 'counts.get(k.rpartition("/")[2], sums["pairs"])', 'sums["pairs"]', "test_unpaired.py::test_trl_step_by_step[apo_zero_unpaired]"),
+    Mutant("running means lost on resume", "objective", "if self.numbers.running: self.numbers.running.seen = dict(state)", "pass", "test_unpaired.py::test_a_run_goes_on_to_the_bit[bco]"),
+    Mutant("the reference not asked again", "trainer", "        if self.probe: self.probe.check(what)", "        pass", "test_trainer.py::test_a_reference_that_moved_stops_the_run_at_its_checkpoint[frozen]"),
     Mutant("a reply that is not there is scored", "packing", "*range(b, b + n - 1)][skip:n]", "*range(b, b + n - 1)]", "test_unpaired.py::test_any_cut_is_the_plain_loop[bco-gpt2]"),
     # ---- results
     Mutant("a result written in place", "results", "os.replace(temporary, path)", "path.write_bytes(raw[:9]); __import__('time').sleep(.01); path.write_bytes(raw)", "test_results.py::test_a_killed_write_leaves_old_or_new"),
