@@ -13,7 +13,7 @@ from dpo_literate import run_folder as rf
 from dpo_literate.models import tiny_model, weights_hash
 from dpo_literate.results import Refusal
 from dpo_literate.rows import tiny_tokenizer
-from dpo_literate.port import TransformersPort
+from dpo_literate.port import TransformersPort, identity
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -678,7 +678,7 @@ def other_run(out, change):
 @pytest.mark.parametrize("key", CHANGES)
 def test_other_run_is_refused_unless_allowed(key, run, tmp_path):
     out = only(run[0] / "full", 5, tmp_path)
-    was, now = run[1]["full"].folder.identity[key], other_run(tmp_path / "unused", CHANGES[key]).identity()[key]
+    was, now = run[1]["full"].folder.identity[key], identity(other_run(tmp_path / "unused", CHANGES[key]))[key]
     other = other_run(out, CHANGES[key])
     before = weights_hash(other.model)
     no = refusal(other.train, resume_from_checkpoint=True)
