@@ -2007,6 +2007,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'dpo_literate.trainer.data_hash': ('trainer.html#data_hash', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.epochs_of': ('trainer.html#epochs_of', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.in_pieces': ('trainer.html#in_pieces', 'dpo_literate/trainer.py'),
+                                      'dpo_literate.trainer.is_name': ('trainer.html#is_name', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.make_reference': ('trainer.html#make_reference', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.max_tokens': ('trainer.html#max_tokens', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.needed': ('trainer.html#needed', 'dpo_literate/trainer.py'),

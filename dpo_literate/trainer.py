@@ -175,7 +175,7 @@ class PreferenceTrainer(TransformersPort, Trainer):
         "As `Trainer`'s; pairs that are not rows yet are encoded."
         if isinstance(eval_dataset, dict):
             eval_dataset = {k: self.as_rows(v) for k, v in eval_dataset.items()}
-        elif eval_dataset is not None and not isinstance(eval_dataset, str):
+        elif eval_dataset is not None and not is_name(eval_dataset, self.eval_dataset):
             eval_dataset = self.as_rows(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -230,6 +230,9 @@ def order_of(rows:list, args)->tuple: # `EpochOrder`, fillers
 
 def max_tokens(args)->int|None: # of a row; None: no limit
     return min((n for n in (args.max_length, args.capacity) if n), default=None)
+
+def is_name(asked, sets)->bool: # of an evaluation set; else a path or data
+    return isinstance(asked, str) and isinstance(sets, dict) and asked in sets
 
 def pad_id(trainer)->int: return getattr(trainer.processing_class, "pad_token_id", None) or 0
 
