@@ -625,7 +625,8 @@ def test_an_adapter_on_a_tied_embedding_is_refused(tmp_path):
     tied.tie_weights()
     base = write_folder(tmp_path / "tied", tied, tiny_tokenizer())
     refused(here("train", "--model", base, "--data", pairs(tmp_path / "p.jsonl"), "--out", tmp_path / "out",
-                 "--max-steps", 1, "--lora-r", 4, "--lora-targets", "q_proj,embed_tokens"), "tied")
+                 "--max-steps", 1, "--lora-r", 4, "--lora-targets", "q_proj,embed_tokens"),
+            "tie_word_embeddings")
     assert not (tmp_path / "out").exists()
 
 

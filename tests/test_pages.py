@@ -140,6 +140,9 @@ def test_a_stored_output_that_is_not_true_is_seen(tmp_path):
     ("took 3.1 s", "took 44 s", True), ("<f at 0x7f00aa11bb22>", "<f>", True),
     ("a  b", "a b", True), ("tensor(1.2345)", "tensor(1.2346)", True),
     ("yes", "no", False), ("-0.25", "0.25", False), ("1e-3", "2e-3", False),
-    ("12.3451", "12.3449", True)])
+    ("12.3451", "12.3449", True),
+    ("{'loss': '0.5', 'train_runtime': '0.1'}", "{'loss': '0.5', 'train_runtime': '3.72'}", True),
+    ("{'tokens_per_second': 41.5}", "{'tokens_per_second': '1.1e+04'}", True),
+    ("{'loss': '0.5', 'train_runtime': '1'}", "{'loss': '0.6', 'train_runtime': '1'}", False)])
 def test_what_counts_as_the_same_output(stored, fresh, same):
     assert pages.same_text(stored, fresh) is same

@@ -126,6 +126,7 @@ def save_outputs(path, done):
 
 ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
 CLOCK = re.compile(r"\b\d+(?:\.\d+)?(?:e[-+]?\d+)?\s?(?:s|ms|µs|us|ns|min|seconds?|minutes?)\b")
+TIMED = re.compile(r"(\w+(?:_runtime|_per_second)': )'?[^',}]+'?")  # a trainer's log line
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 NUMBER = re.compile(r"(?<![\w.])[-−+]?\d+(?:,\d{3})*(?:\.\d*)?(?:[eE][-+]?\d+)?|[-−+]?\.\d+")
 
@@ -134,13 +135,12 @@ def as_text(value): return "".join(value) if isinstance(value, list) else str(va
 
 
 def same_text(stored, fresh):
-    """Equal after the declared normalisation: memory addresses and wall-clock times masked, runs
-    of blanks alike,
-    whole numbers equal, other numbers equal to 4 significant digits or within one unit of the
-    last printed digit."""
+    """Equal after the declared normalisation: memory addresses, wall-clock times and a log's
+    speeds masked, runs of blanks alike, whole numbers equal, other numbers equal to 4 significant
+    digits or within one unit of the last printed digit."""
     def plain(text):
-        return CLOCK.sub("<time>", ADDRESS.sub("0x…",
-                                               re.sub(r" at 0x[0-9a-f]+", "", ANSI.sub("", text))))
+        text = re.sub(r" at 0x[0-9a-f]+", "", ANSI.sub("", text))
+        return TIMED.sub(r"\1<time>", CLOCK.sub("<time>", ADDRESS.sub("0x…", text)))
     def split(text):
         text = plain(text)
         return ([re.sub(r"[\s─━=-]+", " ", part).strip() for part in NUMBER.split(text)],
