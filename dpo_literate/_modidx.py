@@ -2025,6 +2025,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'dpo_literate.trainer.show_samples': ('trainer.html#show_samples', 'dpo_literate/trainer.py'),
                                       'dpo_literate.trainer.tell_tracker': ('trainer.html#tell_tracker', 'dpo_literate/trainer.py')},
             'dpo_literate.turns': { 'dpo_literate.turns.Turns': ('turns.html#turns', 'dpo_literate/turns.py'),
+                                    'dpo_literate.turns._asked_ids': ('turns.html#_asked_ids', 'dpo_literate/turns.py'),
                                     'dpo_literate.turns._behind': ('turns.html#_behind', 'dpo_literate/turns.py'),
                                     'dpo_literate.turns._behind_prefix': ('turns.html#_behind_prefix', 'dpo_literate/turns.py'),
                                     'dpo_literate.turns._border': ('turns.html#_border', 'dpo_literate/turns.py'),

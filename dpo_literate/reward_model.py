@@ -25,7 +25,7 @@ from .plots import COLORS, finish, new_fig
 from .results import (Refusal, bootstrap_interval, new_folder, provenance, to_json,
                                   write_atomic)
 from .reward import bt_loss
-from .rows import encode_prompt, encode_reply
+from .turns import encode_turns
 from .settings import PreferenceConfig, setting
 from .trainer import PreferenceTrainer, check_ids, prepare_rows
 
@@ -292,7 +292,8 @@ def text_ids(
 )->list[int]:          # ids, the end token included
     "A prompt and its reply, as in training."
     turn = reply if isinstance(prompt, str) else [{"role": "assistant", "content": reply}]
-    return encode_prompt(prompt, tokenizer) + encode_reply(prompt, turn, tokenizer)
+    turns = encode_turns(prompt, [turn], tokenizer)
+    return turns.prompt_ids + turns.reply_ids[0]
 
 # %% ../nbs/12_reward_model.ipynb #cbd100f4
 @torch.no_grad()

@@ -452,7 +452,8 @@ class _Job(NamedTuple):
 # %% ../nbs/05d_templates.ipynb #5d000002
 def _turned(tokenizer, messages, side, spare):
     "Messages of one side in the second alphabet."
-    fields = [_message_changed(m, lambda t: "") for m in messages]
+    fields = [m["role"] if m.keys() == {"role", "content"} else
+              _message_changed(m, lambda t: "") for m in messages]
     _no_control(tokenizer, fields, "a field of a message")
     def turn(text): return _in_twin(tokenizer, text, PLANES[side], spare)
     return [_message_changed(m, turn) for m in messages]

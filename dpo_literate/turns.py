@@ -26,7 +26,8 @@ def _checked(tokenizer, r, ids):
 
 def _piece_ids(tokenizer, rs):
     "Ids of renderings, or of parts that start with a control token, in one call."
-    many = tokenizer([r.text for r in rs], add_special_tokens=False)["input_ids"]
+    many = tokenizer([r.text for r in rs], add_special_tokens=False,
+                     return_attention_mask=False)["input_ids"]
     flat = (type(ids) is list and all(type(i) is int for i in ids[:1]) for ids in many)
     if all(flat): return [_checked(tokenizer, r, ids) for r, ids in zip(rs, many)]
     raise Refusal("the tokenizer gave no flat lists of integers")
@@ -112,6 +113,10 @@ def _leaves_out(way, written, job):
     return any(piece not in written and
                json.dumps(piece, ensure_ascii=False)[1:-1] not in written
                for piece in pieces)
+def _asked_ids(tokenizer, r):
+    "Ids of the end of a server's prompt; remembered where it holds no data."
+    def make(): return _piece_ids(tokenizer, [r])[0]
+    return _memo(tokenizer, ("asked", r.text), make) if r.text == r.twin else make()
 
 # %% ../nbs/05e_turns.ipynb #5b000056
 class Turns(NamedTuple):
@@ -137,9 +142,9 @@ def _chat_turns(way, prompt, replies, prefix, score_tail):
     cut = _cut(tokenizer, wholes[0].twin, border)
     ends = [_end_of(tokenizer, w, border, score_tail) for w in wholes]
     asked = Rendering(head[cut:], wholes[0].twin[cut:border] + head[border:])
-    before, asked, *tails = _piece_ids(tokenizer, [
-        _part(wholes[0], 0, cut), asked,
-        *(_part(w, cut, e) for w, (e, _) in zip(wholes, ends))])
+    before, *tails = _piece_ids(tokenizer, [
+        _part(wholes[0], 0, cut), *(_part(w, cut, e) for w, (e, _) in zip(wholes, ends))])
+    asked = _asked_ids(tokenizer, asked)
     n = _shared([asked, *tails])
     left_out = any(_leaves_out(way, w.text[border:], j)
                    for w, j in zip(wholes, jobs[1:]))
