@@ -9,4 +9,5 @@ __all__ = []
 import importlib, sys
 
 # %% ../nbs/50_commands.ipynb #e513c119
-if __name__ == "__main__": sys.exit(importlib.import_module("dpo_literate.cli").main())
+if (__name__, __package__) == ("__main__", "dpo_literate"):
+    sys.exit(importlib.import_module("dpo_literate.cli").main())
