@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LORA_RATE', 'CUT', 'MEASURE', 'NOTED', 'MERGE_TOLERANCE', 'OLD', 'PAPER', 'ASKS', 'COMMANDS', 'TrainOptions',
            'CheckOptions', 'GenerateOptions', 'MergeOptions', 'LossesOptions', 'RewardTrainOptions', 'PPOOptions',
-           'FrontierOptions', 'ProbeOptions', 'AttackOptions', 'HierarchyOptions', 'check_data', 'complain', 'quiet',
-           'early_refusals', 'check_place', 'read_both', 'refuse_objections', 'until_the_first_step', 'sentence_of',
-           'is_adapter', 'make_config', 'tokenizer_for', 'encode_both', 'policy_of', 'adapter_of', 'make_trainer',
-           'opening_line', 'rate_line', 'steps_of', 'lines_of', 'line_of', 'measured', 'closing_line',
-           'nothing_learned', 'train', 'finish', 'compares', 'note_command', 'facts_of', 'generate', 'replies_to',
-           'shown_reply', 'merge', 'losses', 'loss_text', 'demo', 'check_files', 'later', 'Command', 'options_of',
-           'Strict', 'parser', 'usage_of', 'parse', 'settings_for', 'refuse_unknown', 'options', 'defaults_of',
-           'recipe_of', 'main', 'said', 'hushed']
+           'FrontierOptions', 'ProbeOptions', 'AttackOptions', 'HierarchyOptions', 'check_data', 'check_rows',
+           'read_pairs', 'as_asked', 'cutting', 'complain', 'quiet', 'early_refusals', 'check_place', 'read_both',
+           'refuse_objections', 'until_the_first_step', 'sentence_of', 'is_adapter', 'make_config', 'tokenizer_for',
+           'encode_both', 'encoded', 'adapter_of', 'make_trainer', 'opening_line', 'rate_line', 'steps_of', 'lines_of',
+           'line_of', 'measured', 'closing_line', 'nothing_learned', 'train', 'finish', 'compares', 'note_command',
+           'facts_of', 'generate', 'replies_to', 'shown_reply', 'merge', 'losses', 'loss_text', 'demo', 'reward_train',
+           'check_files', 'later', 'Command', 'options_of', 'Strict', 'parser', 'usage_of', 'parse', 'settings_for',
+           'refuse_unknown', 'options', 'defaults_of', 'recipe_of', 'main', 'said', 'hushed']
 
 # %% ../nbs/52_command_line.ipynb #19a51b9c
 import argparse, ast, contextlib, functools, importlib, json, math, os, shutil, signal, sys, time
@@ -38,7 +38,8 @@ class TrainOptions:
     eval_data:str|None=None  # pairs to measure on
     eval_split:str|None=None # which split of --eval-data; without that, of --data
     holdout:int=0            # pairs to hold out of --data and measure on
-    allow:list[str]=()       # faults to accept: overlap (prompts to measure on that are trained on)
+    repeats:Literal["take_off", "keep"]="take_off" # replies that begin with their prompt
+    allow:list=()            # faults to accept: overlap (measured on what is trained on), tie, ...
     first:int=0              # use only so many pairs of --data; 0: all
     format:Literal["auto", "text", "chat"]="auto"   # auto: a chat where the model has a template
     identical:Literal["refuse", "drop"]="refuse"    # pairs of two equal replies
@@ -56,6 +57,8 @@ class CheckOptions:
     model:str|None=None      # refuse exactly what training this model would refuse
     split:str|None=None      # which split, where there are several
     columns:dict|None=None   # our names = yours: prompt=question chosen=better
+    repeats:Literal["take_off", "keep"]="take_off" # replies that begin with their prompt
+    allow:list=()            # faults to accept, by the names this command prints
     format:Literal["auto", "text", "chat"]="auto"   # as for train, with --model
     identical:Literal["refuse", "drop"]="refuse"    # pairs of two equal replies
     control_text:Literal["refuse", "text"]="refuse" # rows that spell a control token
@@ -93,6 +96,13 @@ class RewardTrainOptions:
     out:str                  # where model and report go
     model:str="bundled"      # where the reward model starts
     eval_data:str|None=None  # pairs to measure on
+    split:str|None=None      # which split of --data, where there are several
+    eval_split:str|None=None # which split of --eval-data; without that, of --data
+    columns:dict|None=None   # our names = yours: prompt=question chosen=better
+    repeats:Literal["take_off", "keep"]="take_off"  # replies that begin with their prompt
+    identical:Literal["refuse", "drop"]="refuse"    # pairs of two equal replies
+    control_text:Literal["refuse", "text"]="refuse" # rows that spell a control token
+    allow:list=()            # faults to accept: overlap, tie, ...
     epochs:float=1.          # passes over the pairs
     learning_rate:float=2e-4 # peak
     lora_r:int=16            # rank of the adapter; 0 trains every weight
@@ -165,43 +175,51 @@ def check_data(
     args:SimpleNamespace, # the fields of `CheckOptions`
 )->int:                   # 0, or 2 where training would refuse the file
     "Count the rows of a file by class, with the place of each problem."
-    from dpo_literate.audit import check_preferences
-    from dpo_literate.reading import load_any
     if not args.data: raise Refusal("which file? dpo-literate check-data FILE")
     if args.model: check_place(args.model)
-    pairs = load_any(args.data, args.split, args.columns)
+    from dpo_literate.audit import check_preferences
+    pairs = read_pairs(args.data, args.split, args)
     tokenizer = tokenizer_for(args.model) if args.model else None
     audit = check_preferences(pairs, tokenizer)
     print(audit.table())
-    bad = objections(audit, args)
-    for place, kind in bad: complain(f"{place}: {kind}")
-    if bad or tokenizer is None: return 2 if bad else 0
-    rows, counts = encoded(pairs, tokenizer, args)
-    print(f"  {counts}")
-    return 0
+    found = audit.objections(args.identical, args.control_text, args.allow)
+    bad = [f"{place}: {name}" for name, places in found.items() for place in places]
+    if tokenizer is not None and not bad: bad = check_rows(pairs, tokenizer, args)
+    for sentence in bad: complain(sentence)
+    return 2 if bad else 0
+
+def check_rows(pairs, tokenizer, args)->list[str]: # what training would refuse
+    "Read the pairs as the model would, and count."
+    from dpo_literate.rows import check_pairs
+    counts = check_pairs(as_asked(pairs, tokenizer, args), tokenizer, **cutting(args))
+    for line in (counts, *counts.notes()): print(f"  {line}")
+    none = [] if counts.rows_out else [f"{pairs.source}: no rows to train on: {counts}"]
+    return counts.refusals or none
 
 # %% ../nbs/52_command_line.ipynb #75d8d6c1
-def objections(audit, args, one_class:bool=False)->list: # (place, class) that training refuses
-    "What stands in a file that training would not take, under the options given."
-    bad = dict(audit.refusals)
-    if args.identical == "drop": bad.pop("identical", None)
-    if one_class: bad.pop("one class", None)
-    spelled = audit.found["control text"]
-    if spelled and args.control_text != "text": bad["control text"] = spelled
-    return [(place, kind) for kind, places in bad.items() for place in places]
+def read_pairs(
+    source:str,      # a file, a folder or a name of the hub
+    split:str|None,  # of it
+    args,            # `columns`, `repeats`
+):                   # `Preferences`
+    "Pairs or labelled replies, read as every command and the trainer read them."
+    from dpo_literate.layouts import columns_of
+    from dpo_literate.reading import read_preferences
+    joined = {k: "+".join(v) if isinstance(v, list) else v for k, v in (args.columns or {}).items()}
+    words = [f"{ours}={'' if theirs is None else theirs}" for ours, theirs in joined.items()]
+    return read_preferences(source, split, columns_of(words), repeats=args.repeats)
 
-def encoded(pairs, tokenizer, args)->tuple: # rows, and what became of the pairs
-    "Pairs as the model reads them; text is a chat where the model has a template."
+def as_asked(pairs, tokenizer, args)->list:
+    "Text becomes a chat where the model has a template, unless --format says otherwise."
     from dpo_literate.preferences import as_chat
-    from dpo_literate.rows import encode_pairs
     chat = args.format == "chat" or args.format == "auto" and tokenizer.chat_template
-    rows = [as_chat(p) for p in pairs] if chat else pairs
-    names = ("max_length", "score_tail", "ld_alpha")
+    return [as_chat(p) for p in pairs] if chat else list(pairs)
+
+def cutting(args)->dict: # for `encode_pairs`
+    "How rows are cut, weighed and left out."
+    names = ("max_length", "score_tail", "ld_alpha", "identical")
     how = {k: getattr(args, k) for k in names if hasattr(args, k)}
-    made, counts = encode_pairs(rows, tokenizer, truncation=args.truncation_mode,
-                                identical=args.identical, **how)
-    if not made: raise Refusal(f"{pairs.source}: no rows to train on: {counts}")
-    return made, counts
+    return how | dict(truncation=args.truncation_mode)
 
 # %% ../nbs/52_command_line.ipynb #727ecc64
 def complain(
@@ -224,6 +242,9 @@ def early_refusals(
 )->None:
     "What needs no torch to be seen."
     check_place(args.model)
+    if args.lora_r and is_adapter(args.model):
+        raise Refusal(f"{args.model} is an adapter already: leave --lora-r out to train it "
+                      "further, or make a whole model of it first (dpo-literate merge)")
     for name in args.settings.get("loss_type", ()):
         loss_name(name)
         if name.lower() == "cdpo" and not args.settings.get("label_smoothing"):
@@ -246,25 +267,23 @@ def check_place(
 # %% ../nbs/52_command_line.ipynb #4148f11b
 def read_both(
     args:SimpleNamespace, # as for `early_refusals`
-)->tuple:                 # pairs to train on; to measure on, or None; prompts that stand in both
-    "The files of a run, checked; training and measuring on the same prompts is refused."
+)->tuple:                 # pairs to train on; to measure on, or None; what the two share, or None
+    "The files of a run; measuring on what is trained on is refused, unless it is allowed."
     from dpo_literate.audit import leakage
-    from dpo_literate.reading import load_any
-    pairs = load_any(args.data, args.split, args.columns)
-    if not (args.eval_data or args.eval_split): return pairs, None, 0
-    held = load_any(args.eval_data or args.data, args.eval_split, args.columns)
-    found = leakage(pairs, held)
-    if "overlap" in args.allow: return pairs, held, len(found.exact)
-    try: found.refuse()
-    except Refusal as e: raise Refusal(f"{e}; take them out, or say --allow overlap") from None
-    return pairs, held, 0
+    pairs = read_pairs(args.data, args.split, args)
+    refuse_objections(pairs, args)
+    if not (args.eval_data or args.eval_split): return pairs, None, None
+    held = read_pairs(args.eval_data or args.data, args.eval_split, args)
+    refuse_objections(held, args, allow=("one class",))
+    shared = leakage(pairs, held)
+    shared.refuse(args.allow)
+    return pairs, held, shared.sentence
 
-def refuse_objections(pairs, args, tokenizer, one_class:bool=False)->None: # as for `objections`
+def refuse_objections(pairs, args, tokenizer=None, allow:tuple=())->None:
     "Raise what `check-data` would print."
     from dpo_literate.audit import check_preferences
-    bad = objections(check_preferences(pairs, tokenizer), args, one_class)
-    more = f" ({len(bad)} such places)" if len(bad) > 1 else ""
-    if bad: raise Refusal(f"{bad[0][0]}: {bad[0][1]}{more}: take it out, see check-data")
+    audit = check_preferences(pairs, tokenizer)
+    audit.refuse((*args.allow, *allow), args.identical, args.control_text)
 
 # %% ../nbs/52_command_line.ipynb #f69931b2
 @contextlib.contextmanager
@@ -322,8 +341,8 @@ def tokenizer_for(
     model:str, # as for `train`
 ):
     "The tokenizer of a model, or of an adapter, whose own comes first."
-    from dpo_literate.probes.report import tokenizer_of
-    return tokenizer_of(model)
+    from dpo_literate.models import load_tokenizer
+    return load_tokenizer(model)
 
 CUT = ("max_length", "truncation_mode", "score_tail", "ld_alpha")   # how rows are cut and weighed
 
@@ -334,28 +353,28 @@ def encode_both(
     "Pairs as the model reads them."
     from dpo_literate.align import hold_out
     how = SimpleNamespace(**vars(args) | {k: getattr(config, k) for k in CUT})
-    for some, alone in ((pairs, False), (held, True)):
-        if some: refuse_objections(some, args, tokenizer, one_class=alone)
+    refuse_objections(pairs, args, tokenizer)
     rows, counts = encoded(pairs, tokenizer, how)
-    aside = encoded(held, tokenizer, how)[0] if held else []
+    aside = []
+    if held:
+        refuse_objections(held, args, tokenizer, allow=("one class",))
+        aside = encoded(held, tokenizer, how)[0]
     rows = rows[:args.first or None]
     if args.holdout:
         rows, more = hold_out(rows, args.holdout, config.seed)
         aside = aside + more
     return rows, aside, counts
 
-# %% ../nbs/52_command_line.ipynb #ffe8438b
-def policy_of(args):
-    "What is trained: a name, or an adapter on its base."
-    if not is_adapter(args.model): return args.model
-    from peft import PeftModel
-    from dpo_literate.models import adapter_base, load_model
-    if args.lora_r:
-        raise Refusal(f"{args.model} is an adapter already: leave --lora-r out to train it "
-                      "further, or make a whole model of it first (dpo-literate merge)")
-    base, folder = load_model(adapter_base(args.model)), str(Path(args.model).expanduser())
-    return PeftModel.from_pretrained(base, folder, is_trainable=True)
+def encoded(pairs, tokenizer, args)->tuple: # rows, and what became of the pairs
+    "Rows of a file, at least one, as on the run's first day."
+    from dpo_literate.inputs import run_date
+    from dpo_literate.rows import encode_pairs
+    asked, how = as_asked(pairs, tokenizer, args), cutting(args)
+    made, counts = encode_pairs(asked, tokenizer, date=run_date(args.out), **how)
+    if not made: raise Refusal(f"{pairs.source}: no rows to train on: {counts}")
+    return made, counts
 
+# %% ../nbs/52_command_line.ipynb #ffe8438b
 def adapter_of(args):
     "The adapter that --lora-r asks for, or None."
     if not args.lora_r: return None
@@ -373,14 +392,14 @@ def make_trainer(args, config, tokenizer, rows:list, held:list, run):
     from dpo_literate.trainer import DPOTrainer
     set_seed(config.seed)
     trainer = DPOTrainer(
-        policy_of(args), args=config, train_dataset=rows, eval_dataset=held or None,
+        args.model, args=config, train_dataset=rows, eval_dataset=held or None,
         processing_class=tokenizer, peft_config=adapter_of(args), callbacks=[Bar(), lines_of(run)])
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 # %% ../nbs/52_command_line.ipynb #71413658
 def opening_line(
-    args, config, rows:list, held:list, shared:int, # as above; prompts that stand in both files
+    args, config, rows:list, held:list, # as above
 )->str:
     "What is about to be done, on what, how fast."
     what, adapter = "pairs" if rows[0].label is None else "replies", is_adapter(args.model)
@@ -391,7 +410,6 @@ def opening_line(
     said = [f"{len(rows)} {what}" + (f", {len(held)} held out" if held else ""),
             f"{steps_of(config, len(rows))} steps of {min(batch, len(rows))}",
             rate_line(args, config), trained, f"{config.device} {kind}", f"{config.layout} rows"]
-    if shared: said.append(f"{shared} held-out prompts are trained on")
     return "; ".join(said)
 
 def rate_line(args, config)->str: # the rate, and why this one
@@ -519,14 +537,14 @@ def train(
     started, out = time.perf_counter(), Path(args.out)
     early_refusals(args)
     pairs, held, shared = read_both(args)
-    for some, alone in ((pairs, False), (held, True)):
-        if some: refuse_objections(some, args, None, one_class=alone)
     quiet()
     with until_the_first_step(out, args.resume, args.settings) as run:
         config, tokenizer = make_config(args), tokenizer_for(args.model)
         rows, held, counts = encode_both(args, config, tokenizer, pairs, held)
         trainer = make_trainer(args, config, tokenizer, rows, held, run)
-        print(opening_line(args, config, rows, held, shared), flush=True)
+        for line in (*pairs.notices, *counts.notes(), *([shared] if shared else [])):
+            print(line, flush=True)
+        print(opening_line(args, config, rows, held), flush=True)
         trainer.train(resume_from_checkpoint=args.resume and any(out.glob("checkpoint-*")) or None)
     trainer.save_model(args.out)
     return finish(trainer, args, pairs, rows, held, counts, started)
@@ -564,7 +582,8 @@ def compares(name:str)->bool: # does this loss push the margin against a referen
 def note_command(args, counts)->None:
     "Add to the run's card what was asked, and what became of the pairs."
     path = Path(args.out) / "run_card.json"
-    asked = dict(command=vars(args), pairs=dict(read=counts.rows_in, **counts.by))
+    asked = dict(command=vars(args), pairs=dict(read=counts.rows_in, **counts.by),
+                 notes=counts.notes())
     write_atomic(path, to_json(json.loads(path.read_text()) | asked))
 
 # %% ../nbs/52_command_line.ipynb #132f804a
@@ -634,7 +653,7 @@ def merge(
     out = new_folder(args.out)
     quiet()
     from dpo_literate.models import load_model, write_folder
-    tuned, tokenizer = tuned_model(args.model), tokenizer_for(args.model)
+    tuned, tokenizer = load_model(args.model), tokenizer_for(args.model)
     before = some_logps(tuned)
     write_folder(out, tuned.merge_and_unload(), tokenizer)
     off = (some_logps(load_model(out)) - before).abs().max().item()
@@ -648,16 +667,6 @@ def merge(
 MERGE_TOLERANCE = 2e-3   # nats a token: float32 rounding in another order stays far below
 
 # %% ../nbs/52_command_line.ipynb #22f6da4c
-def tuned_model(folder:str):
-    "An adapter on its base, not merged."
-    from peft import PeftModel
-    from dpo_literate.models import adapter_base, load_model
-    base = load_model(adapter_base(folder))
-    try: return PeftModel.from_pretrained(base, str(Path(folder).expanduser())).eval()
-    except (RuntimeError, ValueError, KeyError) as e:
-        said = sentence_of(e)
-        raise Refusal(f"adapter {folder} does not fit the model it names: {said}") from None
-
 def some_logps(model): # log-probabilities of two rows of random tokens
     import torch
     size = model.get_input_embeddings().weight.shape[0]
@@ -696,13 +705,23 @@ def demo(
     align(AlignConfig(**{k: v for k, v in vars(args).items() if v is not None}))
     return 0
 
+def reward_train(
+    args:SimpleNamespace, # the fields of `RewardTrainOptions`, as page 12 names them
+)->int:                   # 0
+    "Read the pairs as `train` does, and train a reward model on them."
+    check_files(args)
+    names = SimpleNamespace(**vars(args) | dict(eval_data=args.eval))
+    args.data, args.eval, shared = read_both(names)
+    if shared: print(shared)
+    return later("reward_model.main_reward_train", args)
+
 def check_files(args)->None:
     "Models and files that a command names must be there; a name of the hub is left to the hub."
     for name in ("model", "reference"):
         if place := getattr(args, name, None): check_place(place)
     for name in ("data", "eval", "pairs", "prompts", "tasks"):
         path = getattr(args, name, None)
-        if path and Path(path).suffix and not Path(path).exists():
+        if isinstance(path, str) and Path(path).suffix and not Path(path).exists():
             raise Refusal(f"{path}: no such file or folder")
 
 def later(
@@ -745,7 +764,7 @@ COMMANDS = {
     "demo": Command("align a real model and measure it: the experiment of page 11", demo,
                     ("align.AlignConfig",), None, ASKS | dict(data="pairs")),
     "reward-train": Command("train a reward model on a file of pairs",
-                            functools.partial(later, "reward_model.main_reward_train"),
+                            reward_train,
                             ("cli.RewardTrainOptions",), None,
                             PAPER | dict(batch_size="batch", eval_data="eval")),
     "ppo": Command("train a policy by PPO on a reward",
@@ -871,7 +890,7 @@ def parse(
         near = get_close_matches(name, COMMANDS, 1, .5) or COMMANDS
         raise Refusal(f"no command is called {name!r}; did you mean {', '.join(near)}?")
     known = settings_for(name) if name else {}
-    given, rest = parser(name).parse_known_args(modern(argv, known))
+    given, rest = parser(name or "").parse_known_args(modern(argv, known))
     for word in rest: refuse_unknown(word, known)
     given = {k: v for k, v in vars(given).items() if k not in ("command", "traceback")}
     return name, options(name, given)

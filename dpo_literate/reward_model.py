@@ -366,7 +366,7 @@ def report_reward(out:Path, args, chosen:Tensor, rejected:Tensor, seconds:float)
     found, sure, held = accuracy(chosen, rejected), calibration(chosen, rejected), bool(args.eval)
     values = dict(held_out=held, accuracy=vars(found), calibration=vars(sure),
                   calibration_error=sure.error)
-    settings = {k: v for k, v in vars(args).items() if k != "run"}
+    settings = {k: getattr(v, "source", v) for k, v in vars(args).items() if k != "run"}
     history = provenance("dpo-literate reward-train", settings, args.seed, seconds)
     write_atomic(out / "report.json", to_json(history | {"values": values}))
     plot_reward(chosen, rejected).savefig(out / "report.png")

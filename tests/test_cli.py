@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import struct
 import subprocess
@@ -21,7 +22,7 @@ from dpo_literate import cli
 from dpo_literate.cli import main
 from dpo_literate.models import load_model, tiny_model, weights_hash, write_folder
 from dpo_literate.results import Refusal
-from dpo_literate.rows import control_ids, tiny_tokenizer
+from dpo_literate.rows import control_ids, encode_pairs, tiny_tokenizer
 
 GOOD = dict(prompt="How was lunch?", chosen="Lovely.", rejected="Bad.")
 line = json.dumps
@@ -497,11 +498,11 @@ def test_the_command_line_wins_over_the_recipe_and_the_adapter_is_saved(model, t
     assert (out / "adapter_model.safetensors").exists() and (out / "tokenizer.json").exists()
 
 
-def test_an_unwritable_folder_is_a_matter_of_the_disk(model, tmp_path):
+def test_a_folder_under_a_file_is_refused(model, tmp_path):
     (tmp_path / "file").write_text("")
     done = here("train", "--model", model, "--data", pairs(tmp_path / "p.jsonl"), "--out",
                 tmp_path / "file" / "out")
-    refused(done, code=2)
+    refused(done, "is a file")
 
 
 def test_a_trained_model_is_another_and_the_folder_is_not_overwritten(model, tmp_path):
@@ -528,8 +529,8 @@ def test_a_control_token_in_a_reply(model, tmp_path):
     assert not (tmp_path / "out").exists()
     assert here("check-data", file, "--control-text", "text").returncode == 0
     args = cli.parse(["check-data", str(file), "--control-text", "text"])[1]
-    from dpo_literate.reading import load_any
-    rows, _ = cli.encoded(load_any(str(file)), tiny_tokenizer(), args)
+    asked = cli.as_asked(cli.read_pairs(str(file), None, args), tiny_tokenizer(), args)
+    rows, _ = encode_pairs(asked, tiny_tokenizer(), **cli.cutting(args))
     control = control_ids(tiny_tokenizer())
     assert [sum(i in control for i in row.chosen_ids) for row in rows] == [1, 1]
     assert all(row.chosen_ids[-1] in control for row in rows)
@@ -580,7 +581,7 @@ def test_measuring_on_the_training_pairs_is_refused(model, tmp_path):
     refused(here(*call, "--eval-data", some), "p.jsonl:4", "--allow overlap")
     assert not (tmp_path / "out").exists()
     done = here(*call, "--eval-data", some, "--allow", "overlap")
-    assert done.returncode == 0 and "1 held-out prompts are trained on" in done.stdout
+    assert done.returncode == 0 and "1 of 2 eval prompts stand in train too" in done.stdout
 
 
 # ---------------------------------------------------------------- what came out, used
@@ -599,7 +600,7 @@ def test_a_merged_model_says_what_the_adapter_said(adapter, tmp_path):
     assert done.returncode == 0 and "agree within" in done.stdout, done.stderr
     ids = torch.arange(40)[None]
     with torch.no_grad():
-        a, b = (m(input_ids=ids).logits for m in (cli.tuned_model(str(adapter)), load_model(tmp_path / "whole")))
+        a, b = (m(input_ids=ids).logits for m in (load_model(adapter), load_model(tmp_path / "whole")))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     asked = [here("generate", "--model", m, "--prompt", "dish 1").stdout for m in (adapter, tmp_path / "whole")]
     assert asked[0] == asked[1]
@@ -682,5 +683,5 @@ def test_check_data_refuses_exactly_what_training_refuses(rows, more, model, tmp
     done = here("train", "--model", model, "--data", file, "--out", tmp_path / "out", *more)
     assert (checked.returncode == 0) == bool(trained), (rows, more, checked.stderr, done.stderr)
     if not trained:
-        place = done.stderr.removeprefix("dpo-literate train: ").split(": ")[0]
-        assert place in checked.stderr, (checked.stderr, done.stderr)
+        places = [set(re.findall(r"p\.jsonl:(\d+)", e.stderr)) for e in (done, checked)]
+        assert places[0] <= places[1], (checked.stderr, done.stderr)
