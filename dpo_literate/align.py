@@ -363,7 +363,7 @@ class Bar(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if logs and "rewards/margins" in logs:
             said = f"loss {logs['loss']:.3f}, margin {logs['rewards/margins']:.2f}"
-            self.bar.set_postfix_str(said)
+            self.bar.set_postfix_str(said, refresh=False)    # shown with the next step
 
     def on_step_end(self, args, state, control, **_): self.bar.update()
     def on_train_end(self, args, state, control, **_): self.bar.close()
