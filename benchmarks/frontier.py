@@ -1,10 +1,15 @@
-"""Reward models and the reward-KL frontier on the bundled model: every cell resumable, one file a cell.
+"""Reward models and the reward-KL frontier on the bundled model: one file a cell, all resumable.
 
-    python benchmarks/frontier.py world                                  enumerable worlds: the claims of page 13, a minute
-    python benchmarks/frontier.py text [--seeds 0 1 2] [--minutes 8]     controlled sentiment; cells that exist are not run again
-    python benchmarks/frontier.py ppo [--minutes 8]                      one knob of PPO at a time, for page 12
-    python benchmarks/frontier.py reward [--seeds 0] [--minutes 8]       reward model of hh-harmless, on halves; goes on where it stopped
-    … --record                                                           gather the cells into nbs/results/; refuses while one is missing
+    python benchmarks/frontier.py world
+        enumerable worlds: the claims of page 13, a minute
+    python benchmarks/frontier.py text [--seeds 0 1 2] [--minutes 8]
+        controlled sentiment; cells that exist are not run again
+    python benchmarks/frontier.py ppo [--minutes 8]
+        one knob of PPO at a time, for page 12b
+    python benchmarks/frontier.py reward [--seeds 0] [--minutes 8]
+        reward model of hh-harmless, on halves; goes on where it stopped
+    … --record
+        gather the cells into nbs/results/; refuses while one is missing
 """
 import argparse
 import json
@@ -16,7 +21,15 @@ from dataclasses import asdict
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from dpo_literate.results import Refusal, data_dir, repo_dir, save_claims, save_result, to_json, write_atomic
+from dpo_literate.results import (
+    Refusal,
+    data_dir,
+    repo_dir,
+    save_claims,
+    save_result,
+    to_json,
+    write_atomic,
+)
 from dpo_literate.runs import digest
 
 RUNS = repo_dir() / "runs" / "frontier"
@@ -38,7 +51,16 @@ class StopAfter(TrainerCallback):
 
 # ------------------------------------------------------------ the reward model on human verdicts
 
-REWARD = dict(data="hh_harmless", dtype="float32", rank=RANK, lr=3e-4, epochs=1, batch=4, warmup=10, centring=.01)
+REWARD = dict(
+    data="hh_harmless",
+    dtype="float32",
+    rank=RANK,
+    lr=3e-4,
+    epochs=1,
+    batch=4,
+    warmup=10,
+    centring=0.01,
+)
 
 
 def halves(name, tokenizer):
@@ -47,8 +69,12 @@ def halves(name, tokenizer):
 
     from dpo_literate.reading import load_preferences
     from dpo_literate.rows import encode_pairs
-    if data_dir() is None: raise Refusal(f"no data: set DPO_LITERATE_DATA to the folder that holds {name}")
-    pairs = [p for side in ("train", "test") for p in load_preferences(str(data_dir() / name), side)]
+
+    if data_dir() is None:
+        raise Refusal(f"no data: set DPO_LITERATE_DATA to the folder that holds {name}")
+    pairs = [
+        p for side in ("train", "test") for p in load_preferences(str(data_dir() / name), side)
+    ]
     rows, _ = encode_pairs(pairs, tokenizer, max_length=None, identical="drop")
     prompts = list(dict.fromkeys(tuple(r.prompt_ids) for r in rows))
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
@@ -64,10 +90,34 @@ def reward_trainer(c, folder, stop):
     from dpo_literate.reward_model import RewardConfig, RewardTrainer, load_reward_model
     tokenizer = load_tokenizer("bundled")
     both = halves(c["data"], tokenizer)
-    args = RewardConfig(str(folder), num_train_epochs=c["epochs"], learning_rate=c["lr"], per_device_train_batch_size=c["batch"], max_length=None, centring=c["centring"], seed=c["seed"],
-                        warmup_steps=c["warmup"], lr_scheduler_type="cosine", logging_steps=5, save_strategy="no", save_total_limit=1, report_to=[], disable_tqdm=True)
-    adapter = LoraConfig(r=c["rank"], lora_alpha=2 * c["rank"], target_modules=TARGETS, exclude_modules=["score"])
-    return RewardTrainer(load_reward_model("bundled", c["dtype"]), args, both[c["fold"]], both[1 - c["fold"]], processing_class=tokenizer, peft_config=adapter, callbacks=[stop])
+    args = RewardConfig(
+        str(folder),
+        num_train_epochs=c["epochs"],
+        learning_rate=c["lr"],
+        per_device_train_batch_size=c["batch"],
+        max_length=None,
+        centring=c["centring"],
+        seed=c["seed"],
+        warmup_steps=c["warmup"],
+        lr_scheduler_type="cosine",
+        logging_steps=5,
+        save_strategy="no",
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    adapter = LoraConfig(
+        r=c["rank"], lora_alpha=2 * c["rank"], target_modules=TARGETS, exclude_modules=["score"]
+    )
+    return RewardTrainer(
+        load_reward_model("bundled", c["dtype"]),
+        args,
+        both[c["fold"]],
+        both[1 - c["fold"]],
+        processing_class=tokenizer,
+        peft_config=adapter,
+        callbacks=[stop],
+    )
 
 
 def reward_cell(seed, fold, minutes):
@@ -84,9 +134,22 @@ def reward_cell(seed, fold, minutes):
         write_atomic(folder / "clock.json", to_json(dict(seconds=spent())))
         return None
     chosen, rejected = pair_scores(trainer.model, trainer.eval_dataset, trainer.pieces, 8)
-    log = [{k: round(float(h[k]), 4) for k in ("step", "loss", "scores/accuracies")} for h in trainer.state.log_history if "loss" in h]
+    log = [
+        {k: round(float(h[k]), 4) for k in ("step", "loss", "scores/accuracies")}
+        for h in trainer.state.log_history
+        if "loss" in h
+    ]
     def rounded(x): return [round(v, 4) for v in x.tolist()]
-    cell = dict(seed=seed, fold=fold, chosen=rounded(chosen), rejected=rounded(rejected), log=log, train_pairs=len(trainer.train_dataset), seconds=spent())
+
+    cell = dict(
+        seed=seed,
+        fold=fold,
+        chosen=rounded(chosen),
+        rejected=rounded(rejected),
+        log=log,
+        train_pairs=len(trainer.train_dataset),
+        seconds=spent(),
+    )
     write_atomic(folder / "cell.json", to_json(cell))
     return cell
 
@@ -97,14 +160,28 @@ def reward(args):
     end, cells = time.monotonic() + 60 * args.minutes, []
     for seed, fold in ((s, f) for s in args.seeds for f in (0, 1)):
         cells.append(reward_cell(seed, fold, (end - time.monotonic()) / 60))
-        if cells[-1] is None: return print(f"seed {seed} half {fold} is not finished: run again") or 3
+        if cells[-1] is None:
+            return print(f"seed {seed} half {fold} is not finished: run again") or 3
         right = [(a > b) + (a == b) / 2 for a, b in zip(cells[-1]["chosen"], cells[-1]["rejected"])]
-        print(f"seed {seed} half {fold}: {sum(right) / len(right):.3f} of {len(right)} held-out pairs, {cells[-1]['seconds']:.0f} s", flush=True)
+        print(
+            f"seed {seed} half {fold}: {sum(right) / len(right):.3f} of {len(right)} "
+            f"held-out pairs, {cells[-1]['seconds']:.0f} s",
+            flush=True,
+        )
     if not args.record: return 0
     both = halves(REWARD["data"], load_tokenizer("bundled"))
-    for c in cells: c["lengths"] = [[len(r.chosen_ids), len(r.rejected_ids)] for r in both[1 - c["fold"]]]
-    save_result("reward_hh", dict(cells=cells), command="python benchmarks/frontier.py reward --record", config=REWARD, seed=args.seeds, seconds=sum(c["seconds"] for c in cells),
-                what="Scores that reward models of the bundled model give the half of hh-harmless that they have not read, and the lengths of the replies (tokens).")
+    for c in cells:
+        c["lengths"] = [[len(r.chosen_ids), len(r.rejected_ids)] for r in both[1 - c["fold"]]]
+    save_result(
+        "reward_hh",
+        dict(cells=cells),
+        command="python benchmarks/frontier.py reward --record",
+        config=REWARD,
+        seed=args.seeds,
+        seconds=sum(c["seconds"] for c in cells),
+        what="Scores that reward models of the bundled model give the half of hh-harmless that "
+        "they have not read, and the lengths of the replies (tokens).",
+    )
 
 
 # ------------------------------------------------------------ enumerable worlds
@@ -126,10 +203,21 @@ def one_world(seed):
     scores, every = fit_scores(wins), drawn_pairs(world)
     def lost(policies): return [shortfall(world, p) for p in policies]
     def reward(policies): return [point_of(world, p).reward for p in policies]
-    dpo, learned = [world_dpo(world, wins, b) for b in PRICES], [world_ppo(world, scores, b, seed)[-1] for b in PRICES]
+
+    dpo, learned = (
+        [world_dpo(world, wins, b) for b in PRICES],
+        [world_ppo(world, scores, b, seed)[-1] for b in PRICES],
+    )
     true = [world_ppo(world, world.rewards, b, seed)[-1] for b in PRICES]
-    return dict(seed=seed, dpo_exact=lost([world_dpo(world, every, b) for b in PRICES]), dpo=lost(dpo), ppo_learned=lost(learned), ppo_true=lost(true),
-                best_of_n=lost([best_of_n(world, n) for n in (2, 4, 8, 16, 32)]), dpo_minus_ppo=[a - b for a, b in zip(reward(dpo), reward(learned))])
+    return dict(
+        seed=seed,
+        dpo_exact=lost([world_dpo(world, every, b) for b in PRICES]),
+        dpo=lost(dpo),
+        ppo_learned=lost(learned),
+        ppo_true=lost(true),
+        best_of_n=lost([best_of_n(world, n) for n in (2, 4, 8, 16, 32)]),
+        dpo_minus_ppo=[a - b for a, b in zip(reward(dpo), reward(learned))],
+    )
 
 
 def world(args):
@@ -139,47 +227,126 @@ def world(args):
     start = time.perf_counter()
     found = [one_world(seed) for seed in range(WORLDS)]
     command = "python benchmarks/frontier.py world"
-    save_result("frontier_worlds", dict(worlds=found), command=command, config=dict(prices=PRICES, verdicts=VERDICTS_N, replies=40, prompts=3), seed=list(range(WORLDS)),
-                seconds=time.perf_counter() - start, what="Reward each method leaves lying below the exact frontier, in ten random worlds.")
+    save_result(
+        "frontier_worlds",
+        dict(worlds=found),
+        command=command,
+        config=dict(prices=PRICES, verdicts=VERDICTS_N, replies=40, prompts=3),
+        seed=list(range(WORLDS)),
+        seconds=time.perf_counter() - start,
+        what="Reward each method leaves lying below the exact frontier, in ten random worlds.",
+    )
     def over(value): return [value(f) for f in found]
     def row(claim, figure, values, verdict, scale=""):
         low, high = bootstrap_interval(values)
-        return dict(claim=claim, source="arXiv:2305.18290, Fig. 2", paper_figure=figure, ours=torch.tensor(values).mean().item(), low=low, high=high, seeds=WORLDS, command=command,
-                    setup=f"3 prompts × 40 replies, tables, {VERDICTS_N} verdicts, β {', '.join(map(str, PRICES))}; {scale}", verdict=verdict(low, high))
+        return dict(
+            claim=claim,
+            source="arXiv:2305.18290, Fig. 2",
+            paper_figure=figure,
+            ours=torch.tensor(values).mean().item(),
+            low=low,
+            high=high,
+            seeds=WORLDS,
+            command=command,
+            setup=f"3 prompts × 40 replies, tables, {VERDICTS_N} verdicts, "
+            f"β {', '.join(map(str, PRICES))}; {scale}",
+            verdict=verdict(low, high),
+        )
     def mean(x): return sum(x) / len(x)
     near = over(lambda f: max(f["dpo_exact"]))
-    same, against = over(lambda f: mean(f["dpo_minus_ppo"])), over(lambda f: mean(f["ppo_true"]) - mean(f["dpo"]))
-    rows = [row("DPO told every preference reaches the optimum's frontier", "none: the optimum is unknown on text", near, lambda lo, hi: "held" if hi < 1e-6 else "did not hold", "most reward left lying"),
-            row("DPO gets more reward than PPO with a reward learned from the same pairs", "DPO above PPO at every KL", same, lambda lo, hi: "held" if lo > .01 else "did not hold" if hi < .01 else "too small to tell", "DPO − PPO, same β"),
-            row("DPO gets more reward than PPO with the true reward", "DPO above PPO-GT at every KL", against, lambda lo, hi: "held" if lo > 0 else "did not hold" if hi < 0 else "too small to tell", "reward left lying, PPO − DPO")]
+    same, against = (
+        over(lambda f: mean(f["dpo_minus_ppo"])),
+        over(lambda f: mean(f["ppo_true"]) - mean(f["dpo"])),
+    )
+    rows = [
+        row(
+            "DPO told every preference reaches the optimum's frontier",
+            "none: the optimum is unknown on text",
+            near,
+            lambda lo, hi: "held" if hi < 1e-6 else "did not hold",
+            "most reward left lying",
+        ),
+        row(
+            "DPO gets more reward than PPO with a reward learned from the same pairs",
+            "DPO above PPO at every KL",
+            same,
+            lambda lo, hi: (
+                "held" if lo > 0.01 else "did not hold" if hi < 0.01 else "too small to tell"
+            ),
+            "DPO − PPO, same β",
+        ),
+        row(
+            "DPO gets more reward than PPO with the true reward",
+            "DPO above PPO-GT at every KL",
+            against,
+            lambda lo, hi: "held" if lo > 0 else "did not hold" if hi < 0 else "too small to tell",
+            "reward left lying, PPO − DPO",
+        ),
+    ]
     save_claims("frontier", rows)
-    for r in rows: print(f"{r['verdict']:18} {r['ours']:+.2g} [{r['low']:+.2g}, {r['high']:+.2g}]  {r['claim']}")
+    for r in rows:
+        print(
+            f"{r['verdict']:18} {r['ours']:+.2g} [{r['low']:+.2g}, {r['high']:+.2g}]  {r['claim']}"
+        )
 
 
-# ------------------------------------------------------------ controlled sentiment on the bundled model
+# ------------------------------------------------------------ controlled sentiment
 
 def small(cell):
     "What a record keeps of a cell: prompt means, costs, its curve, and two replies to look at."
     from dpo_literate.frontier import by_prompt
-    kept = {k: cell[k] for k in ("method", "strength", "seed", "sampled", "accuracy", "tied") if k in cell}
+
+    kept = {
+        k: cell[k]
+        for k in ("method", "strength", "seed", "sampled", "accuracy", "tied")
+        if k in cell
+    }
     if "texts" in cell: kept["texts"] = cell["texts"][:2]
     kept |= {k: round(cell[k], 3) for k in ("seconds", "memory")}
-    if "log" in cell: kept["log"] = {k: [h[k] for h in cell["log"]] for k in cell["log"][0]} if isinstance(cell["log"][0], dict) else cell["log"]
-    return kept | {k: [round(x, 4) for x in by_prompt(cell, k).tolist()] for k in ("rewards", "kls") if "kls" in cell}
+    if "log" in cell:
+        kept["log"] = (
+            {k: [h[k] for h in cell["log"]] for k in cell["log"][0]}
+            if isinstance(cell["log"][0], dict)
+            else cell["log"]
+        )
+    return kept | {
+        k: [round(x, 4) for x in by_prompt(cell, k).tolist()]
+        for k in ("rewards", "kls")
+        if "kls" in cell
+    }
 
 
 # ------------------------------------------------------------ what PPO on text is sensitive to
 
 # of a seed whose cells no claim uses; the arm that scored most goes to page 13
 BASE = dict(lr=2e-4, value_lr=1e-4, epochs=2)
-ARMS = {"base": {}, "lr 1e-5": dict(lr=1e-5), "lr 5e-5": dict(lr=5e-5), "lr 5e-4": dict(lr=5e-4), "value lr 1e-3": dict(value_lr=1e-3), "value lr 0": dict(value_lr=0.),
-        "λ = 1": dict(lam=1.), "not whitened": dict(whiten=False)}
+ARMS = {
+    "base": {},
+    "lr 1e-5": dict(lr=1e-5),
+    "lr 5e-5": dict(lr=5e-5),
+    "lr 5e-4": dict(lr=5e-4),
+    "value lr 1e-3": dict(value_lr=1e-3),
+    "value lr 0": dict(value_lr=0.0),
+    "λ = 1": dict(lam=1.0),
+    "not whitened": dict(whiten=False),
+}
 TUNING_SEED, KL_COEF, PROMPTS, BATCH = 9, .02, 32, 16     # 32 prompts × 4 replies, in steps of 16
 
 
 def sweep_jobs(arms):
     from dpo_literate.frontier_cells import FrontierConfig, Job
-    return [Job(FrontierConfig(n_train=PROMPTS, batch_size=BATCH, ppo=BASE | ARMS[arm]), "ppo_true", KL_COEF, TUNING_SEED, None, RUNS / "text") for arm in arms]
+
+    return [
+        Job(
+            FrontierConfig(n_train=PROMPTS, batch_size=BATCH, ppo=BASE | ARMS[arm]),
+            "ppo_true",
+            KL_COEF,
+            TUNING_SEED,
+            None,
+            RUNS / "text",
+        )
+        for arm in arms
+    ]
 
 
 def late_score(cell):
@@ -193,18 +360,46 @@ def ppo(args):
     from dpo_literate.frontier_cells import run_jobs
     arms = args.arms or list(ARMS)
     cells = run_jobs(sweep_jobs(arms), 0 if args.record else args.minutes)
-    if len(cells) < len(arms): return print(f"{len(arms) - len(cells)} arms are missing, first {arms[len(cells)]!r}: run it again, without --record") or 3
-    for arm, c in zip(arms, cells): print(f"{arm:16} score {c['log'][0]['score']:.3f} at first, {late_score(c):.3f} in the second half")
+    if len(cells) < len(arms):
+        return (
+            print(
+                f"{len(arms) - len(cells)} arms are missing, first {arms[len(cells)]!r}: "
+                "run it again, without --record"
+            )
+            or 3
+        )
+    for arm, c in zip(arms, cells):
+        print(
+            f"{arm:16} score {c['log'][0]['score']:.3f} at first, "
+            f"{late_score(c):.3f} in the second half"
+        )
     if not args.record: return 0
-    save_result("ppo_text", dict(arms=[small(c) | dict(name=arm, settings=BASE | ARMS[arm]) for arm, c in zip(arms, cells)]), command="python benchmarks/frontier.py ppo --record",
-                config=dict(base=BASE, arms=ARMS, prompts=PROMPTS, replies=4 * PROMPTS, batch_size=BATCH, kl_coef=KL_COEF), seed=TUNING_SEED, seconds=sum(c["seconds"] for c in cells),
-                what="PPO with the true reward on the bundled model, one setting changed at a time.")
+    save_result(
+        "ppo_text",
+        dict(
+            arms=[
+                small(c) | dict(name=arm, settings=BASE | ARMS[arm]) for arm, c in zip(arms, cells)
+            ]
+        ),
+        command="python benchmarks/frontier.py ppo --record",
+        config=dict(
+            base=BASE,
+            arms=ARMS,
+            prompts=PROMPTS,
+            replies=4 * PROMPTS,
+            batch_size=BATCH,
+            kl_coef=KL_COEF,
+        ),
+        seed=TUNING_SEED,
+        seconds=sum(c["seconds"] for c in cells),
+        what="PPO with the true reward on the bundled model, one setting changed at a time.",
+    )
 
 
 # ------------------------------------------------------------ the frontier
 
 def tuned(args):
-    "The experiment, with the settings that did best in the sweep; None while the sweep is not finished."
+    "The experiment with the sweep's best settings; None while the sweep is not finished."
     from dpo_literate.frontier_cells import FrontierConfig, run_jobs
     cells = run_jobs(sweep_jobs(ARMS), 0 if args.record else args.minutes)
     if len(cells) < len(ARMS): return None
@@ -213,7 +408,8 @@ def tuned(args):
     return FrontierConfig(n_train=PROMPTS, batch_size=BATCH, ppo=BASE | ARMS[best])
 
 
-def verdict(low, high, bar=0.): return "held" if low > bar else "did not hold" if high < bar else "too small to tell"
+def verdict(low, high, bar=0.0):
+    return "held" if low > bar else "did not hold" if high < bar else "too small to tell"
 
 
 def text_claims(cells, setup):
@@ -223,49 +419,124 @@ def text_claims(cells, setup):
     seeds = sorted({c["seed"] for c in cells})
     def row(claim, figure, values, what, bar=0.):
         low, high = bootstrap_interval(values)
-        return dict(claim=claim, source="arXiv:2305.18290, §6.1 and Fig. 2", paper_figure=figure, ours=sum(map(float, values)) / len(values), low=low, high=high, seeds=len(seeds),
-                    setup=f"{setup}; {what}", verdict=verdict(low, high, bar), command="python benchmarks/frontier.py text --record")
-    names = dict(ppo_learned="PPO with a learned reward", ppo_true="PPO with the true reward", sft="SFT on chosen", unlikelihood="unlikelihood")
-    rows = [row(f"DPO gets more reward than {name} at equal KL", "DPO above at every KL", lead(cells, m), "DPO − rival, over 32 held-out prompts") for m, name in names.items()]
+        return dict(
+            claim=claim,
+            source="arXiv:2305.18290, §6.1 and Fig. 2",
+            paper_figure=figure,
+            ours=sum(map(float, values)) / len(values),
+            low=low,
+            high=high,
+            seeds=len(seeds),
+            setup=f"{setup}; {what}",
+            verdict=verdict(low, high, bar),
+            command="python benchmarks/frontier.py text --record",
+        )
+
+    names = dict(
+        ppo_learned="PPO with a learned reward",
+        ppo_true="PPO with the true reward",
+        sft="SFT on chosen",
+        unlikelihood="unlikelihood",
+    )
+    rows = [
+        row(
+            f"DPO gets more reward than {name} at equal KL",
+            "DPO above at every KL",
+            lead(cells, m),
+            "DPO − rival, over 32 held-out prompts",
+        )
+        for m, name in names.items()
+    ]
     def cost(method, seed, k):
-        found = [whole_cost(c, cells)[k] for c in cells if c["method"] == method and c["seed"] == seed]
+        found = [
+            whole_cost(c, cells)[k] for c in cells if c["method"] == method and c["seed"] == seed
+        ]
         return sum(found) / len(found)
     times = [cost("ppo_learned", s, "seconds") / cost("dpo", s, "seconds") for s in seeds]
     extra = [cost("ppo_learned", s, "memory") - cost("dpo", s, "memory") for s in seeds]
-    return rows + [row("DPO takes fewer seconds than PPO with a learned reward", "none: called lightweight", times, "PPO / DPO, sampling and reward model included, over seeds", 1.),
-                   row("DPO takes less memory than PPO with a learned reward", "none: no reward model in memory", extra, "PPO − DPO (GB), peak of a process, over seeds")]
+    return rows + [
+        row(
+            "DPO takes fewer seconds than PPO with a learned reward",
+            "none: called lightweight",
+            times,
+            "PPO / DPO, sampling and reward model included, over seeds",
+            1.0,
+        ),
+        row(
+            "DPO takes less memory than PPO with a learned reward",
+            "none: no reward model in memory",
+            extra,
+            "PPO − DPO (GB), peak of a process, over seeds",
+        ),
+    ]
 
 
 def text(args):
     "Reward against KL; the record and its claims where asked for."
     from dpo_literate.frontier_cells import STRENGTHS, FrontierConfig, plan, run_jobs
     methods, start = args.methods or list(STRENGTHS), time.monotonic()
-    config = tuned(args) if any(m.startswith("ppo") for m in methods) else FrontierConfig(n_train=PROMPTS)
-    if config is None: return print("the sweep of PPO's settings is not finished: run it again, without --record") or 3
+    config = (
+        tuned(args)
+        if any(m.startswith("ppo") for m in methods)
+        else FrontierConfig(n_train=PROMPTS)
+    )
+    if config is None:
+        return (
+            print("the sweep of PPO's settings is not finished: run it again, without --record")
+            or 3
+        )
     jobs = plan(config, args.seeds, methods, args.prompts, RUNS / "text")
     cells = run_jobs(jobs, 0 if args.record else args.minutes - (time.monotonic() - start) / 60)
     if not args.record: return 0 if len(cells) == len(jobs) else 3
-    if len(cells) < len(jobs): raise Refusal(f"{len(jobs) - len(cells)} cells are missing, first {jobs[len(cells)]}: run it without --record")
-    save_result("frontier_text", dict(cells=[small(c) for c in cells]), command="python benchmarks/frontier.py text --record", config=asdict(config), seed=args.seeds,
-                seconds=sum(c["seconds"] for c in cells), what="True reward and exact KL of every method on held-out prompts, with seconds, memory and tokens sampled.")
-    setup = f"SmolLM2-135M-Instruct, LoRA, VADER, {config.n_train * config.per_prompt} replies of at most {config.max_new_tokens} tokens a method and seed"
-    for r in (rows := text_claims(cells, setup)): print(f"{r['verdict']:18} {r['ours']:+.3g} [{r['low']:+.3g}, {r['high']:+.3g}]  {r['claim']}")
+    if len(cells) < len(jobs):
+        raise Refusal(
+            f"{len(jobs) - len(cells)} cells are missing, first {jobs[len(cells)]}: "
+            "run it without --record"
+        )
+    save_result(
+        "frontier_text",
+        dict(cells=[small(c) for c in cells]),
+        command="python benchmarks/frontier.py text --record",
+        config=asdict(config),
+        seed=args.seeds,
+        seconds=sum(c["seconds"] for c in cells),
+        what="True reward and exact KL of every method on held-out prompts, with seconds, memory "
+        "and tokens sampled.",
+    )
+    setup = (
+        f"SmolLM2-135M-Instruct, LoRA, VADER, {config.n_train * config.per_prompt} replies of "
+        f"at most {config.max_new_tokens} tokens a method and seed"
+    )
+    for r in (rows := text_claims(cells, setup)):
+        print(
+            f"{r['verdict']:18} {r['ours']:+.3g} [{r['low']:+.3g}, {r['high']:+.3g}]  {r['claim']}"
+        )
     save_claims("frontier_text", rows)
 
 
 def main(argv=None):
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     kinds = top.add_subparsers(dest="what", required=True)
     kinds.add_parser("world").set_defaults(run=world)
     for name, run, seeds in (("text", text, [0, 1, 2]), ("ppo", ppo, [0]), ("reward", reward, [0])):
         p = kinds.add_parser(name)
         p.add_argument("--seeds", type=int, nargs="+", default=seeds)
-        p.add_argument("--minutes", type=float, default=math.inf, help="after these no new cell is begun")
+        p.add_argument(
+            "--minutes", type=float, default=math.inf, help="after these no new cell is begun"
+        )
         p.add_argument("--record", action="store_true", help="write nbs/results")
         if name == "ppo": p.add_argument("--arms", nargs="+", help="some of them")
         if name == "text":
-            p.add_argument("--prompts", help="a text file, a prompt a line; those of page 11 by default")
-            p.add_argument("--methods", nargs="+", help="some of best_of_n dpo sft unlikelihood ppo_true ppo_learned")
+            p.add_argument(
+                "--prompts", help="a text file, a prompt a line; those of page 11 by default"
+            )
+            p.add_argument(
+                "--methods",
+                nargs="+",
+                help="some of best_of_n dpo sft unlikelihood ppo_true ppo_learned",
+            )
         p.set_defaults(run=run)
     args = top.parse_args(argv)
     try: return args.run(args)

@@ -114,6 +114,46 @@ def llama(program, replies, prompt_tokens, write=28):
     return found
 
 
+def rounded(x):
+    "Every row in 255 steps of its own, as eight-bit products would have it."
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return (x / step).round() * step
+
+
+def eight_bit(model):
+    "A copy whose weights and inputs are rounded to eight bits, row by row."
+    from dpo_literate.sampling import FastDecoder
+
+    class Weight(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, f, types, args=(), kwargs=None):
+            plain = [a.as_subclass(torch.Tensor) if isinstance(a, Weight) else a for a in args]
+            if f is torch.nn.functional.linear: plain[0] = rounded(plain[0])
+            return f(*plain, **kwargs or {})
+    def low(pair): return rounded(pair[0]).as_subclass(Weight), pair[1]
+    d = FastDecoder(model)
+    d.layers = [x._replace(**{n: low(getattr(x, n)) for n in ("qkv", "out", "gate_up", "down")})
+                for x in d.layers]
+    d.head = low(d.head)
+    return d
+
+
+@torch.inference_mode()
+def error_of_copy(model, tokenizer, prompts, dtype):
+    "KL of the model's next token from its copy's (nat a token), at T = 1, along greedy replies."
+    from dpo_literate.sampling import FastDecoder, prompt_tokens
+    ids, found = [prompt_tokens(p, tokenizer) for p in prompts], []
+    own = FastDecoder(model)
+    copy = eight_bit(model) if dtype == torch.int8 else FastDecoder(model, dtype)
+    rows = torch.arange(len(ids))
+    theirs, ours = (d.begin(ids, rows, LIMIT) for d in (own, copy))
+    for _ in range(LIMIT // 2):
+        p, q = (z.float().log_softmax(-1) for z in (theirs, ours))
+        found.append((p.exp() * (p - q)).sum(-1))
+        theirs, ours = (d.step(p.argmax(-1)) for d in (own, copy))
+    return torch.cat(found).mean().item()
+
+
 def one_round(k, args):
     "Every arm once; who goes first changes from round to round."
     from dpo_literate.align import HELD_OUT_TOPICS, shipped_prompts
@@ -126,8 +166,6 @@ def one_round(k, args):
     arms = {"before": lambda: as_it_was(low, tokenizer, prompts, k),
             "transformers.generate": lambda: generate_of_transformers(low, tokenizer, prompts, k),
             "ours": lambda: ours(model, tokenizer, prompts, k, fast)}
-    if fast != "float32":
-        arms["ours, float32"] = lambda: ours(model, tokenizer, prompts, k, "float32")
     names = list(arms)[k % len(arms):] + list(arms)[:k % len(arms)]
     found = {name: timed(arms[name]) for name in names}
     if args.llama:
@@ -136,7 +174,9 @@ def one_round(k, args):
     for name, f in found.items():
         print(f"round {k}  {name:32}{f['tokens'] / f['seconds']:8.0f} tokens/s "
               f"({f['tokens'] / f['cpu']:.0f} a second of processor time)", flush=True)
-    return dict(dtype=fast, arms=found)
+    errors = {name: error_of_copy(model, tokenizer, prompts[:8], getattr(torch, name))
+              for name in (fast, "int8")}
+    return dict(dtype=fast, arms=found, errors=errors)
 
 
 def options():

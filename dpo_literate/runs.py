@@ -11,6 +11,7 @@ import contextlib, hashlib, html, json, statistics, sys, time
 from base64 import b64encode
 from pathlib import Path
 import filelock, psutil, torch
+from tqdm import tqdm as text_bar
 from tqdm.auto import tqdm
 from .plots import COLORS, finish, new_fig
 from .results import Refusal, bootstrap_interval, to_json, write_atomic
@@ -83,13 +84,24 @@ def only_one(
         yield
 
 # %% ../nbs/00c_runs.ipynb #7dc68194
+class LineBar(text_bar):
+    "A bar for output that nobody watches: a line of its own every 20 seconds."
+    @staticmethod
+    def status_printer(file):
+        def say(text):
+            if text.strip(): print(text.strip(), file=file, flush=True)
+        return say
+
 def progress(
-    items,    # what a loop goes through
+    items,    # what a loop goes through; None: `update` counts
     what:str, # is done with each of them
     unit:str, # what one of them is called
+    **more,   # of tqdm: `total`, `initial`
 ):            # the same items
-    "A progress bar where somebody looks, nothing where output goes to a file."
-    return tqdm(items, desc=f"{what:10s}", unit=unit, disable=None, leave=False)
+    "A progress bar where somebody looks, else a line every 20 seconds."
+    how = dict(desc=f"{what:10s}", unit=unit, leave=False, **more)
+    if sys.stderr.isatty(): return tqdm(items, **how)
+    return LineBar(items, mininterval=20, delay=20, ascii=True, ncols=90, **how)
 
 # %% ../nbs/00c_runs.ipynb #5f5a5023
 def claim(

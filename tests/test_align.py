@@ -1,4 +1,4 @@
-"The main job on tiny models: same figures after a kill, nothing written on a refusal, nothing from a model that runs in a browser."
+"The main job on tiny models: the same after a kill, no trace of a refusal, nothing that runs."
 import contextlib
 import io
 import json
@@ -34,7 +34,20 @@ def same(prompts, replies): return [1] * len(replies)
 def fails(prompts, replies): raise KeyError("no such word")
 number = 3
 """
-SMALL = ["--per-prompt", "2", "--limit", "8", "--epochs", "2", "--learning-rate", "0.01", "--batch", "4", "--lora-r", "4"]
+SMALL = [
+    "--per-prompt",
+    "2",
+    "--limit",
+    "8",
+    "--epochs",
+    "2",
+    "--learning-rate",
+    "0.01",
+    "--batch",
+    "4",
+    "--lora-r",
+    "4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +56,9 @@ def desk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("desk")
     write_folder(folder / "model", tiny_model().float(), tiny_tokenizer())
     (folder / "rewards.py").write_text(REWARD)
-    (folder / "prompts.txt").write_text("\n".join(f"tell me about dish {k}" for k in range(24)) + "\n")
+    (folder / "prompts.txt").write_text(
+        "\n".join(f"tell me about dish {k}" for k in range(24)) + "\n"
+    )
     return folder
 
 
@@ -53,18 +68,38 @@ def command(*argv):
 
 
 def arguments(desk, out, more):
-    return ["demo", "--model", desk / "model", "--prompts", desk / "prompts.txt", "--reward", "rewards:vowels", "--out", out, *SMALL, *more]
+    return [
+        "demo",
+        "--model",
+        desk / "model",
+        "--prompts",
+        desk / "prompts.txt",
+        "--reward",
+        "rewards:vowels",
+        "--out",
+        out,
+        *SMALL,
+        *more,
+    ]
 
 
 def start(desk, out, **env):
     "The demo in a process of its own."
-    return subprocess.Popen(command(*arguments(desk, out, ())), cwd=desk, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **env})
+    return subprocess.Popen(
+        command(*arguments(desk, out, ())),
+        cwd=desk,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **env},
+    )
 
 
 def here(*argv):
     "A command in this process: exit code, stdout, stderr."
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = main([str(a) for a in argv])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(a) for a in argv])
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
@@ -96,12 +131,28 @@ def whole(desk):
 
 def test_results_hold_every_key(whole):
     f = json.loads((whole / "results.json").read_text())
-    named = "reward_before reward_after gain gain_low gain_high kl_nats_per_reply win_rate accuracy_heldout length_before length_after pairs seconds peak_memory_gb seed"
+    named = (
+        "reward_before reward_after gain gain_low gain_high kl_nats_per_reply win_rate "
+        "accuracy_heldout length_before length_after pairs seconds peak_memory_gb seed"
+    )
     assert set(named.split()) <= set(f)
-    assert f["gain"] == pytest.approx(f["reward_after"] - f["reward_before"], abs=1e-12) and f["gain_low"] <= f["gain"] <= f["gain_high"]
+    assert (
+        f["gain"] == pytest.approx(f["reward_after"] - f["reward_before"], abs=1e-12)
+        and f["gain_low"] <= f["gain"] <= f["gain_high"]
+    )
     assert {"before", "sampling", "training", "after", "distance"} <= set(f["seconds"])
     assert f["kl_nats_per_reply"] > 0 and f["pairs"] > 0 and 0 <= f["win_rate"] <= 1
-    wanted = {"report.html", "report.md", "run_card.json", "results.json", "training.png", "rewards.png", "frontier.png", "replies.jsonl", "adapter"}
+    wanted = {
+        "report.html",
+        "report.md",
+        "run_card.json",
+        "results.json",
+        "training.png",
+        "rewards.png",
+        "frontier.png",
+        "replies.jsonl",
+        "adapter",
+    }
     assert wanted <= {p.name for p in whole.iterdir()}
 
 
@@ -109,7 +160,11 @@ def test_card_counts_and_hashes(whole):
     card = json.loads((whole / "run_card.json").read_text())
     assert card["rows"]["prompts"] == dict(read=24, repeated=0, train=18, held_out=6)
     assert card["rows"]["pairs"]["kept"] + card["rows"]["pairs"]["tied"] == 18
-    assert len(card["model_sha256"]) == 64 and card["versions"]["torch"] and card["settings"]["seed"] == 0
+    assert (
+        len(card["model_sha256"]) == 64
+        and card["versions"]["torch"]
+        and card["settings"]["seed"] == 0
+    )
     assert card["training"]["settings"]["beta"] == .1
 
 
@@ -118,12 +173,29 @@ def test_same_seed_same_figures_and_another_seed_others(desk, whole):
     assert again.returncode == other.returncode == 0
     assert figures(desk / "again") == figures(whole) and curves(desk / "again") == curves(whole)
     assert (desk / "again" / "report.md").read_text() == (whole / "report.md").read_text()
-    assert again.stdout == (desk / "whole.txt").read_text().replace(str(whole), str(desk / "again")), "what is printed depends on the clock"
+    assert again.stdout == (desk / "whole.txt").read_text().replace(
+        str(whole), str(desk / "again")
+    ), "what is printed depends on the clock"
     assert figures(desk / "other")["reward_after"] != figures(whole)["reward_after"]
 
 
-STAGES = ["before-0", "rewards-before", "sampling-0", "rewards-sampling", "checkpoint-3", "checkpoint-10", "training-", "state-3", "state-10", "along-0", "distance-", "after-0",
-          "results.json", "report.html", "adapter_model"]
+STAGES = [
+    "before-0",
+    "rewards-before",
+    "sampling-0",
+    "rewards-sampling",
+    "checkpoint-3",
+    "checkpoint-10",
+    "training-",
+    "state-3",
+    "state-10",
+    "along-0",
+    "distance-",
+    "after-0",
+    "results.json",
+    "report.html",
+    "adapter_model",
+]
 AGAIN_AND_AGAIN = """
 import json, os, signal, sys
 from pathlib import Path
@@ -144,9 +216,16 @@ for name in json.loads(sys.argv[1]):
 
 
 def test_killed_at_every_stage_it_goes_on_and_ends_the_same(desk, whole):
-    "One folder, a SIGKILL in front of the first write of every stage, then a last start that is left in peace."
+    "One folder, a SIGKILL before the first write of every stage, then a start left in peace."
     out, argv = desk / "killed", [sys.executable, "-c", AGAIN_AND_AGAIN, json.dumps([*STAGES, ""])]
-    done = subprocess.run([*argv, *map(str, arguments(desk, out, ()))], cwd=desk, capture_output=True, text=True, timeout=400, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [*argv, *map(str, arguments(desk, out, ()))],
+        cwd=desk,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
     ends = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert ends == [[name, signal.SIGKILL] for name in STAGES] + [["", 0]], done.stderr
     assert figures(out) == figures(whole) and curves(out) == curves(whole)
@@ -159,14 +238,21 @@ def test_killed_in_the_middle_of_training(desk, whole):
     out = desk / "cut"
     run = start(desk, out, SLOW="0.2")
     until = time.time() + 120
-    while not list(out.glob("work/training-*/checkpoint-3")) and run.poll() is None and time.time() < until: time.sleep(.002)
+    while (
+        not list(out.glob("work/training-*/checkpoint-3"))
+        and run.poll() is None
+        and time.time() < until
+    ):
+        time.sleep(0.002)
     run.send_signal(signal.SIGKILL); run.communicate()
     assert not (out / "report.html").exists(), "killed too late to show anything"
     made = {p.name: p.stat().st_mtime_ns for p in out.glob("work/*.json")}
     again = demo(desk, out)
     assert again.returncode == 0, again.stderr
     assert figures(out) == figures(whole) and curves(out) == curves(whole)
-    assert all((out / "work" / n).stat().st_mtime_ns == t for n, t in made.items()), "a finished stage was done again"
+    assert all((out / "work" / n).stat().st_mtime_ns == t for n, t in made.items()), (
+        "a finished stage was done again"
+    )
 
 
 def test_a_damaged_adapter_is_refused_with_its_name(desk, whole):
@@ -196,11 +282,23 @@ def test_a_changed_setting_recomputes_what_depends_on_it(desk, whole):
 
 
 REFUSED = {
-    "NaN": (3, "nan", ["--reward", "rewards:nan"]), "text": (2, "'good'", ["--reward", "rewards:text"]), "too few": (2, "expected a list", ["--reward", "rewards:short"]),
-    "raises": (2, "no such word", ["--reward", "rewards:fails"]), "ties": (2, "tied", ["--reward", "rewards:same"]), "no function": (2, "not a function", ["--reward", "rewards:number"]),
-    "no module": (2, "nowhere", ["--reward", "nowhere:f"]), "no colon": (2, "module:function", ["--reward", "vowels"]), "no model": (2, "missing", ["--model", "./missing"]),
-    "no prompts": (2, "empty.txt", ["--prompts", "empty.txt"]), "no such prompts": (2, "none.txt", ["--prompts", "none.txt"]), "few prompts": (2, "at least 8", ["--prompts", "few.txt"]),
-    "bad line": (2, "bad.jsonl:2", ["--prompts", "bad.jsonl"]), "pairs column": (2, "pairs.jsonl:1", ["--pairs", "pairs.jsonl"]), "empty reply": (2, "blank.jsonl:1", ["--pairs", "blank.jsonl"]), "beta": (2, "beta", ["--beta", "0"]), "beta nan": (2, "beta", ["--beta", "nan"]),
+    "NaN": (3, "nan", ["--reward", "rewards:nan"]),
+    "text": (2, "'good'", ["--reward", "rewards:text"]),
+    "too few": (2, "expected a list", ["--reward", "rewards:short"]),
+    "raises": (2, "no such word", ["--reward", "rewards:fails"]),
+    "ties": (2, "tied", ["--reward", "rewards:same"]),
+    "no function": (2, "not a function", ["--reward", "rewards:number"]),
+    "no module": (2, "nowhere", ["--reward", "nowhere:f"]),
+    "no colon": (2, "module:function", ["--reward", "vowels"]),
+    "no model": (2, "missing", ["--model", "./missing"]),
+    "no prompts": (2, "empty.txt", ["--prompts", "empty.txt"]),
+    "no such prompts": (2, "none.txt", ["--prompts", "none.txt"]),
+    "few prompts": (2, "at least 8", ["--prompts", "few.txt"]),
+    "bad line": (2, "bad.jsonl:2", ["--prompts", "bad.jsonl"]),
+    "pairs column": (2, "pairs.jsonl:1", ["--pairs", "pairs.jsonl"]),
+    "empty reply": (2, "blank.jsonl:1", ["--pairs", "blank.jsonl"]),
+    "beta": (2, "beta", ["--beta", "0"]),
+    "beta nan": (2, "beta", ["--beta", "nan"]),
 }
 BEGUN = ("NaN", "text", "too few", "raises", "ties")   # seen only once replies are there
 
@@ -237,7 +335,10 @@ def test_pairs_of_a_file(desk, tmp_path):
     done = demo(desk, tmp_path / "out", "--pairs", tmp_path / "p.jsonl")
     assert done.returncode == 0, done.stderr
     card = json.loads((tmp_path / "out" / "run_card.json").read_text())["rows"]
-    assert card["pairs file"]["rows_in"] == 20 and card["pairs"]["kept"] + card["held-out pairs"]["kept"] == 20
+    assert (
+        card["pairs file"]["rows_in"] == 20
+        and card["pairs"]["kept"] + card["held-out pairs"]["kept"] == 20
+    )
     assert not list((tmp_path / "out" / "work").glob("sampling*"))
 
 
@@ -254,24 +355,45 @@ BAD = {
 
 @pytest.mark.parametrize("command", ["demo", "train", "check-data"])
 @pytest.mark.parametrize("name", BAD)
-def test_six_bad_inputs_get_one_sentence_with_the_place_and_nothing_is_written(name, command, desk, tmp_path, monkeypatch):
+def test_six_bad_inputs_get_one_sentence_with_the_place_and_nothing_is_written(
+    name, command, desk, tmp_path, monkeypatch
+):
     place, rows = BAD[name]
     monkeypatch.chdir(tmp_path)
     file, model = tmp_path / "pairs.jsonl", "./missing" if "model" in name else desk / "model"
     file.write_text("".join((r if isinstance(r, str) else json.dumps(r) + "\n") for r in rows))
-    argv = {"demo": ["demo", "--pairs", file, "--out", "out"], "train": ["train", "--data", file, "--out", "out"], "check-data": ["check-data", file]}[command]
+    argv = {
+        "demo": ["demo", "--pairs", file, "--out", "out"],
+        "train": ["train", "--data", file, "--out", "out"],
+        "check-data": ["check-data", file],
+    }[command]
     done = here(*argv, "--model", model)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and place in done.stderr, done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and place in done.stderr, (
+        done.stderr
+    )
     assert list(tmp_path.iterdir()) == [file]
 
 
 def test_prompts_as_messages_and_from_pairs(desk, tmp_path):
-    chat = [[dict(role="system", content="be brief"), dict(role="user", content=f"dish {k}")] for k in range(12)]
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(dict(prompt=p)) + "\n" for p in [*chat, chat[0]]))
-    assert A.read_prompts(tmp_path / "chat.jsonl") == [*chat, chat[0]] and A.split_prompts(tmp_path / "chat.jsonl")[2]["repeated"] == 1
+    chat = [
+        [dict(role="system", content="be brief"), dict(role="user", content=f"dish {k}")]
+        for k in range(12)
+    ]
+    (tmp_path / "chat.jsonl").write_text(
+        "".join(json.dumps(dict(prompt=p)) + "\n" for p in [*chat, chat[0]])
+    )
+    assert (
+        A.read_prompts(tmp_path / "chat.jsonl") == [*chat, chat[0]]
+        and A.split_prompts(tmp_path / "chat.jsonl")[2]["repeated"] == 1
+    )
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\na,b,c\nd,e,f\n")
     assert A.read_prompts(tmp_path / "pairs.csv") == ["a", "d"]
-    (tmp_path / "bad.jsonl").write_text(json.dumps(dict(prompt=chat[0])) + "\n" + json.dumps(dict(prompt=[dict(role="user")])) + "\n")
+    (tmp_path / "bad.jsonl").write_text(
+        json.dumps(dict(prompt=chat[0]))
+        + "\n"
+        + json.dumps(dict(prompt=[dict(role="user")]))
+        + "\n"
+    )
     with pytest.raises(Refusal, match="bad.jsonl:2"): A.read_prompts(tmp_path / "bad.jsonl")
     done = demo(desk, tmp_path / "out", "--prompts", tmp_path / "chat.jsonl")
     assert done.returncode == 0, done.stderr
@@ -284,12 +406,24 @@ class Seen(HTMLParser):
     def handle_data(self, data): self.text += data
 
 
-EVIL = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</pre></table><h1>x", "[a](javascript:alert(1))", "a | b\n# c", "\x1b[2J", "$$x$$ `y`", "https://example.org www.example.org a@b.org"]
+EVIL = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "</pre></table><h1>x",
+    "[a](javascript:alert(1))",
+    "a | b\n# c",
+    "\x1b[2J",
+    "$$x$$ `y`",
+    "https://example.org www.example.org a@b.org",
+]
 
 
 @pytest.fixture
 def evil(whole):
-    f, card = json.loads((whole / "results.json").read_text()), json.loads((whole / "run_card.json").read_text())
+    f, card = (
+        json.loads((whole / "results.json").read_text()),
+        json.loads((whole / "run_card.json").read_text()),
+    )
     card["settings"] |= dict(model=EVIL[0], pairs=EVIL[1])
     return f, [(e, dict(text=e, reward=.5), dict(text=e, reward=-.5)) for e in EVIL], card
 
@@ -307,7 +441,11 @@ def test_nothing_a_model_wrote_becomes_markdown(evil):
     text = R.report_md(*evil, {})
     shown = re.sub(r"\\.", "", text)   # without what a backslash makes harmless
     for raw in ("<", "](", "$", "https://", "www.e", "@", "`y`"): assert raw not in shown, raw
-    rows = [line for line in text.splitlines() if line.startswith("|") and "script" in line or "example" in line]
+    rows = [
+        line
+        for line in text.splitlines()
+        if line.startswith("|") and "script" in line or "example" in line
+    ]
     assert rows and all(len(line.replace(r"\|", "").split("|")) == 5 for line in rows)
 
 
@@ -315,7 +453,9 @@ def test_nothing_a_model_wrote_becomes_markdown(evil):
 
 def test_pairs_take_the_best_and_the_worst_and_count_ties():
     g = torch.Generator().manual_seed(0)
-    rewards = [[round(x, 1) for x in torch.rand(4, generator=g).tolist()] for _ in range(200)] + [[.5] * 4] * 7
+    rewards = [[round(x, 1) for x in torch.rand(4, generator=g).tolist()] for _ in range(200)] + [
+        [0.5] * 4
+    ] * 7
     replies = [[dict(ids=[10 * p + k, 2]) for k in range(4)] for p in range(len(rewards))]
     rows, ties = A.best_against_worst([[p] for p in range(len(rewards))], replies, rewards)
     assert ties == sum(len(set(r)) == 1 for r in rewards) >= 7 and len(rows) + ties == len(rewards)
@@ -328,14 +468,23 @@ def test_pairs_take_the_best_and_the_worst_and_count_ties():
 def test_the_books_prompts():
     train, held, counts = A.split_prompts()
     assert len(set(train)) == 240 and len(set(held)) == 80 and not set(train) & set(held)
-    topics = [{paragraph.partition(":")[0] for paragraph in text.strip().split("\n\n")} for text in (A.TRAIN_TOPICS, A.HELD_OUT_TOPICS)]
-    assert not topics[0] & topics[1] and counts == dict(read=320, repeated=0, train=240, held_out=80)
+    topics = [
+        {paragraph.partition(":")[0] for paragraph in text.strip().split("\n\n")}
+        for text in (A.TRAIN_TOPICS, A.HELD_OUT_TOPICS)
+    ]
+    assert not topics[0] & topics[1] and counts == dict(
+        read=320, repeated=0, train=240, held_out=80
+    )
 
 
 def test_hold_out_keeps_prompts_whole():
     rows = [A.Row([k // 3], [1, 2], [3, 2]) for k in range(60)]
     rest, held = A.hold_out(rows, 10, 0)
-    assert len(held) == 12 and len(rest) == 48 and not {tuple(r.prompt_ids) for r in rest} & {tuple(r.prompt_ids) for r in held}
+    assert (
+        len(held) == 12
+        and len(rest) == 48
+        and not {tuple(r.prompt_ids) for r in rest} & {tuple(r.prompt_ids) for r in held}
+    )
     with pytest.raises(Refusal): A.hold_out(rows[:3], 1, 0)
 
 

@@ -1,4 +1,4 @@
-"PPO beyond the page: many seeds, model families, adapters, non-finite numbers, side effects, the command."
+"PPO beyond the page: seeds, families, adapters, non-finite numbers, side effects, the command."
 import argparse, json, math
 from dataclasses import replace
 import pytest, torch
@@ -18,18 +18,40 @@ TOKENIZER = tiny_tokenizer()
 ENDS = [TOKENIZER.eos_token_id]
 PROMPTS = ["the cat", "please tell me what the answer is", "no", "and the dog sat"]
 IDS = [encode_prompt(p, TOKENIZER) for p in PROMPTS]
-CONFIG = PPOConfig(steps=3, batch_size=8, minibatch_size=4, epochs=2, max_new_tokens=6, lr=1e-3, value_lr=1e-2, kl_coef=.01)
+CONFIG = PPOConfig(
+    steps=3,
+    batch_size=8,
+    minibatch_size=4,
+    epochs=2,
+    max_new_tokens=6,
+    lr=1e-3,
+    value_lr=1e-2,
+    kl_coef=0.01,
+)
 
 
 def likes_e(prompts, replies): return [r.count("e") / max(len(r), 1) for r in replies]
-def make(reward=likes_e, policy=None, config=CONFIG, **more): return PPO(tiny_model(scale=1.) if policy is None else policy, TOKENIZER, PROMPTS, reward, config, **more)
+def make(reward=likes_e, policy=None, config=CONFIG, **more):
+    return PPO(
+        tiny_model(scale=1.0) if policy is None else policy,
+        TOKENIZER,
+        PROMPTS,
+        reward,
+        config,
+        **more,
+    )
 def rng(seed): return torch.Generator().manual_seed(seed)
 
 
 def random_world(seed, N=3, K=6):
     g = rng(seed)
-    return World([str(i) for i in range(N)], [[str(j) for j in range(K)]] * N, torch.rand(N, generator=g, dtype=torch.float64).softmax(0),
-                 (2 * torch.randn(N, K, generator=g, dtype=torch.float64)).log_softmax(-1), torch.randn(N, K, generator=g, dtype=torch.float64))
+    return World(
+        [str(i) for i in range(N)],
+        [[str(j) for j in range(K)]] * N,
+        torch.rand(N, generator=g, dtype=torch.float64).softmax(0),
+        (2 * torch.randn(N, K, generator=g, dtype=torch.float64)).log_softmax(-1),
+        torch.randn(N, K, generator=g, dtype=torch.float64),
+    )
 
 
 # ------------------------------------------------------------ formulas
@@ -61,12 +83,20 @@ def test_values_behind_the_end_do_not_leak():
 @pytest.mark.parametrize("seed", range(10))
 def test_surrogate_at_ratio_one_is_the_policy_gradient(seed):
     world, beta = random_world(seed), .3
-    logits = torch.randn(world.ref_logps.shape, generator=rng(seed), dtype=torch.float64).requires_grad_()
+    logits = torch.randn(
+        world.ref_logps.shape, generator=rng(seed), dtype=torch.float64
+    ).requires_grad_()
     now = logits.log_softmax(-1)
     weight = world.prompt_p[:, None] * now.exp().detach()
-    gain = (world.rewards - beta * kl_estimates(now, world.ref_logps).k1).detach() - torch.randn(3, 1, generator=rng(seed))
-    a, = torch.autograd.grad((weight * policy_loss(now, now.detach(), gain)).sum(), logits, retain_graph=True)
-    b, = torch.autograd.grad(-(world.prompt_p * objective(now, world.ref_logps, world.rewards, beta)).sum(), logits)
+    gain = (world.rewards - beta * kl_estimates(now, world.ref_logps).k1).detach() - torch.randn(
+        3, 1, generator=rng(seed)
+    )
+    (a,) = torch.autograd.grad(
+        (weight * policy_loss(now, now.detach(), gain)).sum(), logits, retain_graph=True
+    )
+    (b,) = torch.autograd.grad(
+        -(world.prompt_p * objective(now, world.ref_logps, world.rewards, beta)).sum(), logits
+    )
     assert b.abs().max() > 1e-3
     torch.testing.assert_close(a, b, rtol=0, atol=1e-8)
 
@@ -76,16 +106,27 @@ def test_k1_and_k3_are_unbiased(seed):
     world = random_world(seed)
     other = random_world(seed + 100).ref_logps
     k, exact = kl_estimates(other, world.ref_logps), kl(other, world.ref_logps)
-    for name in ("k1", "k3"): torch.testing.assert_close((other.exp() * getattr(k, name)).sum(-1), exact, rtol=0, atol=1e-10)
+    for name in ("k1", "k3"):
+        torch.testing.assert_close(
+            (other.exp() * getattr(k, name)).sum(-1), exact, rtol=0, atol=1e-10
+        )
     assert (k.k2 >= 0).all() and (k.k3 >= 0).all() and (k.k1 < 0).any()
 
 
 def test_clipping_in_all_directions():
-    logps = torch.tensor([math.log(1.5), math.log(1.5), math.log(.5), math.log(.5)], dtype=torch.float64)
+    logps = torch.tensor(
+        [math.log(1.5), math.log(1.5), math.log(0.5), math.log(0.5)], dtype=torch.float64
+    )
     A = torch.tensor([2., -2., 2., -2.], dtype=torch.float64)
-    torch.testing.assert_close(policy_loss(logps, torch.zeros_like(logps), A, .2), torch.tensor([-2.4, 3., -1., 1.6], dtype=torch.float64))
+    torch.testing.assert_close(
+        policy_loss(logps, torch.zeros_like(logps), A, 0.2),
+        torch.tensor([-2.4, 3.0, -1.0, 1.6], dtype=torch.float64),
+    )
     v = torch.tensor([1., 1.])
-    torch.testing.assert_close(value_loss(v, torch.tensor([0., 1.]), torch.tensor([1., 3.]), .2), torch.tensor([.32, 2.]))
+    torch.testing.assert_close(
+        value_loss(v, torch.tensor([0.0, 1.0]), torch.tensor([1.0, 3.0]), 0.2),
+        torch.tensor([0.32, 2.0]),
+    )
 
 
 def test_token_rewards_end_where_the_reply_ends():
@@ -111,8 +152,18 @@ def test_control_finds_its_target():
 
 
 def test_statistics():
-    s = step_stats(torch.tensor([[.5, 0., 9.]]), torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([[1., -1., 5.]]), torch.tensor([[1., 1., 0.]]))
-    assert s["clip_fraction"] == .5 and s["explained_variance"] == 0 and abs(s["step_kl"] - (math.exp(.5) - 1 - .5) / 2) < 1e-6
+    s = step_stats(
+        torch.tensor([[0.5, 0.0, 9.0]]),
+        torch.zeros(1, 3),
+        torch.zeros(1, 3),
+        torch.tensor([[1.0, -1.0, 5.0]]),
+        torch.tensor([[1.0, 1.0, 0.0]]),
+    )
+    assert (
+        s["clip_fraction"] == 0.5
+        and s["explained_variance"] == 0
+        and abs(s["step_kl"] - (math.exp(0.5) - 1 - 0.5) / 2) < 1e-6
+    )
 
 
 # ------------------------------------------------------------ the enumerable world
@@ -129,15 +180,29 @@ def test_ppo_reaches_the_optimum_within_one_percent(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_dpo_in_expectation_is_the_optimum(seed):
     world = random_world(seed)
-    found, star = world_dpo(world, drawn_pairs(world), 1.), optimal_policy(world.ref_logps, world.rewards, 1.)
-    gap = (world.prompt_p * (objective(star, world.ref_logps, world.rewards, 1.) - objective(found, world.ref_logps, world.rewards, 1.))).sum()
+    found, star = (
+        world_dpo(world, drawn_pairs(world), 1.0),
+        optimal_policy(world.ref_logps, world.rewards, 1.0),
+    )
+    gap = (
+        world.prompt_p
+        * (
+            objective(star, world.ref_logps, world.rewards, 1.0)
+            - objective(found, world.ref_logps, world.rewards, 1.0)
+        )
+    ).sum()
     assert abs(gap) < 1e-6
 
 
 def test_drawn_pairs_are_what_is_sampled():
     world, n = small_world(), 400_000
     expected, pairs = drawn_pairs(world), sample_pairs(world, n, rng(0))
-    seen = torch.zeros_like(expected).index_put(tuple(pairs), torch.ones(n, dtype=torch.float64), accumulate=True) / n
+    seen = (
+        torch.zeros_like(expected).index_put(
+            tuple(pairs), torch.ones(n, dtype=torch.float64), accumulate=True
+        )
+        / n
+    )
     assert abs(expected.sum() - 1) < 1e-12
     assert ((seen - expected).abs() < 5 * (expected / n).sqrt() + 1e-12).all()
 
@@ -147,15 +212,20 @@ def test_drawn_pairs_are_what_is_sampled():
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gemma2"])
 def test_reading_a_rollout_is_reading_each_reply_alone(kind):
     model = tiny_model(kind, scale=1.)
-    if kind == "gemma2": model = model.float()   # its eager attention is NaN in float64 where a padded row sees nothing
+    if kind == "gemma2":
+        model = (
+            model.float()
+        )  # its eager attention is NaN in float64 where a padded row sees nothing
     rollout = roll_out(model, IDS, 9, [int(t) for t in range(0, 320, 9)], rng(1))
     assert rollout.mask.sum(-1).unique().numel() > 1
     said = read_replies(model, rollout)["logps"]
     pairs = []
-    for ids, reply, m in zip(IDS, rollout.replies, rollout.mask): pairs.append((ids, reply[m.bool()].tolist()))
+    for ids, reply, m in zip(IDS, rollout.replies, rollout.mask):
+        pairs.append((ids, reply[m.bool()].tolist()))
     from dpo_literate.rows import Row
     rows = [Row(p, y, y) for p, y in pairs]
-    with torch.no_grad(): alone = torch.stack([reply_logps(model, pad_rows([r])).chosen[0] for r in rows])
+    with torch.no_grad():
+        alone = torch.stack([reply_logps(model, pad_rows([r])).chosen[0] for r in rows])
     torch.testing.assert_close(said.sum(-1), alone, rtol=0, atol=1e-4 if kind == "gemma2" else 1e-9)
 
 
@@ -192,27 +262,38 @@ def test_exact_kl_of_a_rollout_by_hand():
     by_hand = []
     for ids, reply in zip(IDS, r.lists()):
         text = torch.tensor([ids + reply])
-        with torch.no_grad(): a, b = (x(text).logits[0, len(ids) - 1:-1].log_softmax(-1) for x in (p, q))
+        with torch.no_grad():
+            a, b = (x(text).logits[0, len(ids) - 1 : -1].log_softmax(-1) for x in (p, q))
         by_hand.append((a.exp() * (a - b)).sum())
-    torch.testing.assert_close(kl_per_reply(p, q, IDS, r.lists())[0], torch.stack(by_hand), rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        kl_per_reply(p, q, IDS, r.lists())[0], torch.stack(by_hand), rtol=0, atol=1e-8
+    )
 
 
 def test_k1_and_k3_of_text_average_to_the_exact_kl():
     p, q = tiny_model(scale=1.), tiny_model(scale=1., seed=1)
     many = roll_out(p, [IDS[0]] * 2000, 4, ENDS, rng(2))
     exact = kl_per_reply(p, q, [IDS[0]] * 2000, many.lists())[0]
-    with torch.no_grad(): k = kl_estimates(read_replies(p, many)["logps"], read_replies(q, many)["logps"])
-    for one in (k.k1.sum(-1), k.k3.sum(-1)): assert (one - exact).mean().abs() < 4 * (one - exact).std() / 2000**.5
+    with torch.no_grad():
+        k = kl_estimates(read_replies(p, many)["logps"], read_replies(q, many)["logps"])
+    for one in (k.k1.sum(-1), k.k3.sum(-1)):
+        assert (one - exact).mean().abs() < 4 * (one - exact).std() / 2000**0.5
     assert exact.std() < k.k3.sum(-1).std() < k.k1.sum(-1).std()
 
 
 # ------------------------------------------------------------ the loop
 
 def test_reward_rises_and_the_reference_stays():
-    run = make(config=replace(CONFIG, steps=25, batch_size=64, minibatch_size=32, max_new_tokens=8, lr=3e-3, seed=1))
+    run = make(
+        config=replace(
+            CONFIG, steps=25, batch_size=64, minibatch_size=32, max_new_tokens=8, lr=3e-3, seed=1
+        )
+    )
     before = weights_hash(run.ref)
     lines = train(run)
-    assert lines[-1]["score"] > lines[0]["score"] + .2 and lines[0]["kl"] == 0 and lines[-1]["kl"] > 1
+    assert (
+        lines[-1]["score"] > lines[0]["score"] + 0.2 and lines[0]["kl"] == 0 and lines[-1]["kl"] > 1
+    )
     assert weights_hash(run.ref) == before != weights_hash(run.policy)
 
 
@@ -235,8 +316,10 @@ def test_first_step_gradient_is_reinforce():
     loss, *_ = piece_loss(run, e, torch.arange(8))
     got = torch.autograd.grad(loss, list(run.trained.values()), allow_unused=True)
     logps = read_replies(run.policy, e.rollout)["logps"]
-    to_go = e.scores[:, None].expand_as(logps)                                      # kl is 0 before the first step
-    want = torch.autograd.grad(-masked_mean(logps * to_go, e.rollout.mask), list(run.trained.values()), allow_unused=True)
+    to_go = e.scores[:, None].expand_as(logps)  # kl is 0 before the first step
+    want = torch.autograd.grad(
+        -masked_mean(logps * to_go, e.rollout.mask), list(run.trained.values()), allow_unused=True
+    )
     for a, b in zip(got, want): torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
@@ -251,18 +334,32 @@ def test_side_activities_change_nothing():
 def test_resumed_to_the_bit(tmp_path, stop):
     whole, half, again = make(), make(config=replace(CONFIG, steps=stop)), make()
     train(whole); train(half)
-    save_state(half, tmp_path / "s.safetensors"); load_state(again, tmp_path / "s.safetensors"); train(again)
-    assert weights_hash(whole.policy) == weights_hash(again.policy) and torch.equal(whole.value.weight, again.value.weight)
+    save_state(half, tmp_path / "s.safetensors")
+    load_state(again, tmp_path / "s.safetensors")
+    train(again)
+    assert weights_hash(whole.policy) == weights_hash(again.policy) and torch.equal(
+        whole.value.weight, again.value.weight
+    )
     same = [{k: v for k, v in line.items() if k != "seconds"} for line in whole.history]
     assert same == [{k: v for k, v in line.items() if k != "seconds"} for line in again.history]
-    with pytest.raises(Refusal, match="lr=0.001") as e: load_state(make(config=replace(CONFIG, lr=.5)), tmp_path / "s.safetensors")
+    with pytest.raises(Refusal, match="lr=0.001") as e:
+        load_state(make(config=replace(CONFIG, lr=0.5)), tmp_path / "s.safetensors")
     assert e.value.code == 6
 
 
-@pytest.mark.parametrize("reward,words,code", [
-    (lambda p, r: 1 / 0, "raised ZeroDivisionError", 2), (lambda p, r: ["fine"] * len(r), "gave 'fine' for the reply", 2), (lambda p, r: [math.nan] * len(r), "gave nan for the reply", 3),
-    (lambda p, r: [math.inf] * len(r), "gave inf", 3), (lambda p, r: [1.], "gave list for 8 replies", 2), (lambda p, r: None, "gave NoneType for 8", 2),
-    (lambda p, r: [None] * len(r), "gave None for the reply", 2), (lambda p, r: "good", "gave str for 8", 2)])
+@pytest.mark.parametrize(
+    "reward,words,code",
+    [
+        (lambda p, r: 1 / 0, "raised ZeroDivisionError", 2),
+        (lambda p, r: ["fine"] * len(r), "gave 'fine' for the reply", 2),
+        (lambda p, r: [math.nan] * len(r), "gave nan for the reply", 3),
+        (lambda p, r: [math.inf] * len(r), "gave inf", 3),
+        (lambda p, r: [1.0], "gave list for 8 replies", 2),
+        (lambda p, r: None, "gave NoneType for 8", 2),
+        (lambda p, r: [None] * len(r), "gave None for the reply", 2),
+        (lambda p, r: "good", "gave str for 8", 2),
+    ],
+)
 def test_a_broken_reward_is_one_sentence_and_the_state_is_kept(tmp_path, reward, words, code):
     seen = []
     def late(p, r): seen.append(1); return likes_e(p, r) if len(seen) < 2 else reward(p, r)
@@ -273,18 +370,27 @@ def test_a_broken_reward_is_one_sentence_and_the_state_is_kept(tmp_path, reward,
     load_state(again, tmp_path / "state.safetensors")
     assert again.done == 1 and weights_hash(again.policy) == weights_hash(run.policy)
     whole = make(); train(whole); train(again)
-    assert weights_hash(whole.policy) == weights_hash(again.policy), "mended, the run goes where it would have gone"
+    assert weights_hash(whole.policy) == weights_hash(again.policy), (
+        "mended, the run goes where it would have gone"
+    )
 
 
 def test_numbers_of_every_kind_are_rewards():
     import numpy as np
-    for good in ([1, 2], (1., 2.), torch.tensor([1., 2.]), [np.float32(1), np.float64(2)], [torch.tensor(1.), 2]):
+
+    for good in (
+        [1, 2],
+        (1.0, 2.0),
+        torch.tensor([1.0, 2.0]),
+        [np.float32(1), np.float64(2)],
+        [torch.tensor(1.0), 2],
+    ):
         assert score_replies(lambda p, r: good, ["x"] * 2, ["a", "b"]).tolist() == [1., 2.]
 
 
 def test_all_empty_is_refused_and_some_empty_counted(tmp_path):
     mute = make(output_dir=tmp_path)
-    mute.end_ids = list(range(320))                                          # whatever comes first ends the reply
+    mute.end_ids = list(range(320))  # whatever comes first ends the reply
     mute.tokenizer = tiny_tokenizer(); mute.tokenizer.decode = lambda *a, **k: ""
     with pytest.raises(Refusal, match="every reply of the batch is empty"): train(mute)
     assert (tmp_path / "state.safetensors").exists()
@@ -293,7 +399,10 @@ def test_all_empty_is_refused_and_some_empty_counted(tmp_path):
 
 def test_replies_without_an_end_pay():
     free, fined = (collect(make(config=replace(CONFIG, missing_end_penalty=p))) for p in (0., 2.))
-    assert torch.equal(free.scores - fined.scores, 2. * (~free.rollout.ended).double()) and (~free.rollout.ended).any()
+    assert (
+        torch.equal(free.scores - fined.scores, 2.0 * (~free.rollout.ended).double())
+        and (~free.rollout.ended).any()
+    )
 
 
 @pytest.mark.parametrize("where", ["policy", "value", "gradient"])
@@ -305,10 +414,22 @@ def test_non_finite_numbers_stop_before_an_update(tmp_path, where):
     if where == "gradient": run.policy.model.norm.weight.register_hook(lambda g: g * math.inf)
     before = weights_hash(run.policy)
     with pytest.raises(Refusal, match="not finite") as e: train(run)
-    assert e.value.code == 3 and weights_hash(run.policy) == before and (tmp_path / "state.safetensors").exists()
+    assert (
+        e.value.code == 3
+        and weights_hash(run.policy) == before
+        and (tmp_path / "state.safetensors").exists()
+    )
 
 
-@pytest.mark.parametrize("setting,word", [(dict(kl_estimator="k4"), "k1, k2, k3"), (dict(steps=0), "steps"), (dict(kl_coef=-1.), "kl_coef"), (dict(kl_target=0.), "kl_target")])
+@pytest.mark.parametrize(
+    "setting,word",
+    [
+        (dict(kl_estimator="k4"), "k1, k2, k3"),
+        (dict(steps=0), "steps"),
+        (dict(kl_coef=-1.0), "kl_coef"),
+        (dict(kl_target=0.0), "kl_target"),
+    ],
+)
 def test_bad_settings(setting, word):
     with pytest.raises(Refusal, match=word): PPOConfig(**setting)
 
@@ -328,11 +449,28 @@ def test_the_command(tmp_path):
     write_folder(tmp_path / "lm", tiny_model(scale=1.).float(), TOKENIZER)
     (tmp_path / "p.txt").write_text("what is the answer\n\ntell me\n")
     pytest.importorskip("vaderSentiment")
-    args = argparse.Namespace(model=str(tmp_path / "lm"), prompts=str(tmp_path / "p.txt"), reward="vader", output=str(tmp_path / "out"), rank=2, resume=True,
-                              steps=2, batch_size=4, minibatch_size=2, epochs=1, max_new_tokens=4, lr=None, seed=0)
+    args = argparse.Namespace(
+        model=str(tmp_path / "lm"),
+        prompts=str(tmp_path / "p.txt"),
+        reward="vader",
+        output=str(tmp_path / "out"),
+        rank=2,
+        resume=True,
+        steps=2,
+        batch_size=4,
+        minibatch_size=2,
+        epochs=1,
+        max_new_tokens=4,
+        lr=None,
+        seed=0,
+    )
     assert main_ppo(args) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())["values"]
-    assert len(report["history"]) == 2 and len(report["after"]) == 2 and (tmp_path / "out" / "model" / "config.json").exists()
+    assert (
+        len(report["history"]) == 2
+        and len(report["after"]) == 2
+        and (tmp_path / "out" / "model" / "config.json").exists()
+    )
     args.steps = 3
     assert main_ppo(args) == 0
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())["values"]["history"]) == 3
@@ -342,7 +480,9 @@ def test_the_command(tmp_path):
 
 def test_rewards_by_name(tmp_path):
     pytest.importorskip("vaderSentiment")
-    up, down = reward_function("vader")(None, ["I love this, it is wonderful!", "I hate this, it is terrible!"])
+    up, down = reward_function("vader")(
+        None, ["I love this, it is wonderful!", "I hate this, it is terrible!"]
+    )
     assert up > .5 and down < -.5
     with pytest.raises(Refusal, match="cannot be loaded"): reward_function("no_such_module:f")
 
@@ -355,7 +495,11 @@ def test_a_language_model_is_not_a_reward(tmp_path):
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_every_penalty_and_a_target_run(kind):
     lines = train(make(config=replace(CONFIG, kl_estimator=kind, kl_target=.5, lr=3e-3)))
-    assert lines[0]["kl_coef"] == .01 and lines[1]["kl_coef"] < .01 and all(math.isfinite(v) for v in lines[-1].values())
+    assert (
+        lines[0]["kl_coef"] == 0.01
+        and lines[1]["kl_coef"] < 0.01
+        and all(math.isfinite(v) for v in lines[-1].values())
+    )
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])

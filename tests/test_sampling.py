@@ -1,4 +1,4 @@
-"How replies are drawn: from the model's own probabilities, the same whatever the batch; and the distance of a policy, against a plain loop."
+"Replies: the model's own probabilities, the same whatever the batch. Distances: a plain loop's."
 import contextlib
 import math
 from itertools import product
@@ -47,9 +47,12 @@ def test_a_reply_is_the_one_drawn_alone(kind):
     model, (prompts, u) = model_of(kind), asked(12)
     together = generate(S.decoder(model, model.dtype), prompts, u, STOP, .8)
     assert together == generate(model, prompts, u, STOP, .8)
-    with torch.no_grad(): plain = [alone(model, p, x, STOP, .8) for p, x in zip(prompts, u.double())]
+    with torch.no_grad():
+        plain = [alone(model, p, x, STOP, 0.8) for p, x in zip(prompts, u.double())]
     assert together == plain
-    assert len({len(y) for y in together}) > 1 and all(len(y) == 24 or y[-1] in STOP for y in together)
+    assert len({len(y) for y in together}) > 1 and all(
+        len(y) == 24 or y[-1] in STOP for y in together
+    )
     assert not any(STOP & set(y[:-1]) for y in together)
 
 
@@ -76,7 +79,9 @@ def test_a_small_room_cuts_batches_and_changes_nothing(monkeypatch):
 
 def test_streams_depend_on_seed_prompt_and_number_alone():
     one = uniforms(0, "a", 0, 50)
-    assert torch.equal(one, uniforms(0, "a", 0, 50)) and torch.equal(one[:9], uniforms(0, "a", 0, 9))
+    assert torch.equal(one, uniforms(0, "a", 0, 50)) and torch.equal(
+        one[:9], uniforms(0, "a", 0, 9)
+    )
     others = [uniforms(*key, 50) for key in ((1, "a", 0), (0, "b", 0), (0, "a", 1))]
     assert all((one != x).sum() > 45 for x in others) and one.min() >= 0 and one.max() < 1
 
@@ -84,7 +89,7 @@ def test_streams_depend_on_seed_prompt_and_number_alone():
 # ------------------------------------------------------------ from the model's own distribution
 
 def p_value(counts, p):
-    "Of the counts under p, by Pearson's chi square; tokens expected fewer than five times share a cell."
+    "Pearson's chi square of the counts under p; tokens expected fewer than five times share a cell."
     want = p * counts.sum()
     rare = want < 5
     seen, want = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts.double(), want))
@@ -94,21 +99,33 @@ def p_value(counts, p):
 
 @pytest.mark.parametrize("T", [.5, 1., 1.7])
 def test_sampling_follows_the_models_own_distribution(T):
-    "First tokens of 20,000 replies; uniform, reversed, and draws at another temperature fail the same test."
+    "First tokens of 20,000 replies; uniform, reversed and another temperature fail the same test."
     model, prompt, n = tiny_model(), [5, 6, 7], 20_000
     u = torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
-    counts = torch.tensor(generate(S.decoder(model, model.dtype), [prompt] * n, u, {2}, T))[:, 0].bincount(minlength=320)
+    counts = torch.tensor(generate(S.decoder(model, model.dtype), [prompt] * n, u, {2}, T))[
+        :, 0
+    ].bincount(minlength=320)
     z = model(torch.tensor([prompt])).logits[0, -1].detach()
     right = (z / T).softmax(-1)
-    wrong = [torch.full((320,), 1 / 320, dtype=torch.float64), right.flip(0), (z / (3 * T)).softmax(-1)]
+    wrong = [
+        torch.full((320,), 1 / 320, dtype=torch.float64),
+        right.flip(0),
+        (z / (3 * T)).softmax(-1),
+    ]
     assert p_value(counts, right) > 1e-3 and max(p_value(counts, p) for p in wrong) < 1e-6
 
 
 def test_second_tokens_follow_the_model_too():
-    "What was drawn first is what the second is drawn after, though a prompt is read once for all its replies."
+    "The second token is drawn after the first, though a prompt is read once for all its replies."
     model, prompt, n = tiny_model(), [5, 6, 7], 4000
     u = torch.rand(n, 2, generator=torch.Generator().manual_seed(1))
-    drawn = torch.tensor([y for y in generate(S.decoder(model, model.dtype), [prompt] * n, u, {2}, .1) if len(y) == 2])
+    drawn = torch.tensor(
+        [
+            y
+            for y in generate(S.decoder(model, model.dtype), [prompt] * n, u, {2}, 0.1)
+            if len(y) == 2
+        ]
+    )
     first = drawn[:, 0].mode().values.item()
     p = (model(torch.tensor([prompt + [first]])).logits[0, -1].detach() / .1).softmax(-1)
     counts = drawn[drawn[:, 0] == first, 1].bincount(minlength=320)
@@ -118,14 +135,21 @@ def test_second_tokens_follow_the_model_too():
 
 
 def test_the_reference_test_sees_a_uniform_sampler():
-    uniform = torch.randint(320, (20_000,), generator=torch.Generator().manual_seed(0)).bincount(minlength=320)
+    uniform = torch.randint(320, (20_000,), generator=torch.Generator().manual_seed(0)).bincount(
+        minlength=320
+    )
     p = (tiny_model()(torch.tensor([[5, 6, 7]])).logits[0, -1].detach()).softmax(-1)
-    assert p_value(uniform, torch.full((320,), 1 / 320, dtype=torch.float64)) > 1e-3 > p_value(uniform, p)
+    assert (
+        p_value(uniform, torch.full((320,), 1 / 320, dtype=torch.float64))
+        > 1e-3
+        > p_value(uniform, p)
+    )
 
 
 def test_nothing_is_drawn_from_a_broken_model():
     for bad, T in product(([0., math.nan], [math.inf, 0.], [-math.inf, -math.inf]), (1., 0)):
-        with pytest.raises(Refusal, match="not finite") as e: draw(torch.tensor([bad]), torch.tensor([.5]), T)
+        with pytest.raises(Refusal, match="not finite") as e:
+            draw(torch.tensor([bad]), torch.tensor([0.5]), T)
         assert e.value.code == 3
 
 
@@ -141,7 +165,10 @@ def test_extremes_of_u_and_of_the_logits():
 @pytest.mark.parametrize("V", [1, 255, 256, 257, 1000])
 def test_stretches_are_the_plain_running_sum(V):
     g = torch.Generator().manual_seed(V)
-    z, u = 3 * torch.randn(400, V, generator=g, dtype=torch.float64), torch.rand(400, generator=g, dtype=torch.float64)
+    z, u = (
+        3 * torch.randn(400, V, generator=g, dtype=torch.float64),
+        torch.rand(400, generator=g, dtype=torch.float64),
+    )
     plain = (z.softmax(-1).cumsum(-1) <= u[:, None]).sum(-1).clamp(max=V - 1)
     assert torch.equal(draw(z, u), plain)
 
@@ -149,7 +176,11 @@ def test_stretches_are_the_plain_running_sum(V):
 def test_a_token_without_probability_is_never_drawn():
     "Whatever rounding does at the ends of stretches, in float32 and for a u next to 1."
     g = torch.Generator().manual_seed(0)
-    z = torch.where(torch.rand(300, 2000, generator=g) < .01, 5 * torch.randn(300, 2000, generator=g), -math.inf)
+    z = torch.where(
+        torch.rand(300, 2000, generator=g) < 0.01,
+        5 * torch.randn(300, 2000, generator=g),
+        -math.inf,
+    )
     z[:, 7] = 0.
     for u in (torch.rand(300, generator=g), torch.full((300,), 1 - 2**-24), torch.zeros(300)):
         assert z.gather(1, draw(z, u)[:, None]).isfinite().all()
@@ -162,7 +193,8 @@ def test_greedy_is_argmax_one_by_one():
     def by_hand(ids):
         text = list(ids)
         for _ in range(12):
-            with torch.no_grad(): text.append(model(torch.tensor([text])).logits[0, -1].argmax().item())
+            with torch.no_grad():
+                text.append(model(torch.tensor([text])).logits[0, -1].argmax().item())
             if text[-1] in STOP: break
         return TOKENIZER.decode(text[len(ids):], skip_special_tokens=True).strip()
     assert greedy(model, TOKENIZER, prompts, 12, STOP) == [by_hand(p) for p in prompts]
@@ -177,7 +209,10 @@ def test_greedy_leaves_the_mode_of_the_model():
 
 # ------------------------------------------------------------ the fast decoder
 
-@pytest.mark.parametrize("kind,fast", [("llama", True), ("qwen2", True), ("qwen3", True), ("gpt2", False), ("gemma2", False)])
+@pytest.mark.parametrize(
+    "kind,fast",
+    [("llama", True), ("qwen2", True), ("qwen3", True), ("gpt2", False), ("gemma2", False)],
+)
 def test_who_is_read_by_the_fast_decoder(kind, fast):
     model = model_of(kind)
     assert isinstance(S.decoder(model, model.dtype), S.FastDecoder if fast else S.PlainDecoder)
@@ -190,7 +225,7 @@ def test_whoever_would_be_misread_is_called_as_it_is():
     windowed.config.layer_types = ["sliding_attention"] * 2
     assert not S.is_plain(hooked) and not S.is_plain(windowed) and S.is_plain(tiny_model())
     odd = tiny_model()
-    odd.model.layers[1].mlp.act_fn = torch.nn.GELU()                  # the configuration still says silu
+    odd.model.layers[1].mlp.act_fn = torch.nn.GELU()  # the configuration still says silu
     assert S.is_plain(odd) and isinstance(S.decoder(odd, odd.dtype), S.PlainDecoder)
     empty = tiny_model()
     for d in (empty, S.decoder(empty, empty.dtype)):
@@ -201,7 +236,8 @@ def adapted():
     policy = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear"))
     with torch.no_grad():
         for n, p in policy.named_parameters():
-            if "lora_B" in n: p.add_(.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+            if "lora_B" in n:
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     return policy.eval()
 
 
@@ -228,12 +264,19 @@ def test_a_decoder_is_a_copy():
 
 
 def test_prompts_are_read_once_and_what_they_share_once_for_all():
-    "Tokens that go through the first layer: the shared start, a rest a prompt, then a token a reply."
+    "What passes the first layer: the shared start, a rest a prompt, then a token a reply."
     model, seen = tiny_model(), []
     d, real = S.decoder(model, model.dtype), S.attention_of
     prompts = [[5, 6, 7, 8, k] for k in (10, 11, 12)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(S, "attention_of", lambda d, n, x, *rest: (seen.append(tuple(x.shape[:2])) if n == 0 else None, real(d, n, x, *rest))[1])
+        patch.setattr(
+            S,
+            "attention_of",
+            lambda d, n, x, *rest: (
+                seen.append(tuple(x.shape[:2])) if n == 0 else None,
+                real(d, n, x, *rest),
+            )[1],
+        )
         generate(d, [p for p in prompts for _ in range(4)], torch.rand(12, 3), set())
     assert seen == [(1, 4), (3, 1), (12, 1), (12, 1)]
 
@@ -243,7 +286,9 @@ def test_finished_replies_leave_the_batch():
     d, real = S.decoder(model, model.dtype), S.read
     prompts, u = asked(64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(S, "read", lambda d, c, ids, *rest: (seen.append(len(ids)), real(d, c, ids, *rest))[1])
+        patch.setattr(
+            S, "read", lambda d, c, ids, *rest: (seen.append(len(ids)), real(d, c, ids, *rest))[1]
+        )
         replies = generate(d, prompts, u, STOP)
     steps = seen[2:]
     assert steps == sorted(steps, reverse=True) and sum(steps) < sum(map(len, replies)) / .8
@@ -253,8 +298,17 @@ def test_finished_replies_leave_the_batch():
 def test_the_number_type_is_measured_once_and_float64_stays(monkeypatch):
     calls = []
     S.fastest_dtype.cache_clear()
-    monkeypatch.setattr(S, "seconds_of", lambda t, d: calls.append(t) or {torch.bfloat16: 1., torch.float32: 2.}[t])
-    assert S.sampling_dtype(tiny_model().float()) == "bfloat16" == S.sampling_dtype(tiny_model().float()) and len(calls) == 2
+    monkeypatch.setattr(
+        S,
+        "seconds_of",
+        lambda t, d: calls.append(t) or {torch.bfloat16: 1.0, torch.float32: 2.0}[t],
+    )
+    assert (
+        S.sampling_dtype(tiny_model().float())
+        == "bfloat16"
+        == S.sampling_dtype(tiny_model().float())
+        and len(calls) == 2
+    )
     assert S.sampling_dtype(tiny_model()) == "float64"
     S.fastest_dtype.cache_clear()
     monkeypatch.setattr(S, "seconds_of", lambda t, d: {torch.bfloat16: 40., torch.float32: 1.}[t])
@@ -268,7 +322,11 @@ def test_a_copy_in_bfloat16_stays_near_the_model():
     with torch.inference_mode():
         want = model(input_ids=ids).logits[0, -1].log_softmax(-1)
         d = S.FastDecoder(model, torch.bfloat16)
-        got = S.read(d, S.cache_of(d, 1, 20), ids, at, torch.ones(1, 20).bool())[0].float().log_softmax(-1)
+        got = (
+            S.read(d, S.cache_of(d, 1, 20), ids, at, torch.ones(1, 20).bool())[0]
+            .float()
+            .log_softmax(-1)
+        )
     assert 0 <= (want.exp() * (want - got)).sum() < .02 and d.head[0].dtype == torch.bfloat16
 
 
@@ -278,16 +336,22 @@ def test_a_copy_in_bfloat16_stays_near_the_model():
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
 def test_kl_against_a_plain_loop(kind, chunk):
     a, b = tiny_model(kind), tiny_model(kind, seed=1)
-    if kind == "gemma2": a, b = a.float(), b.float()   # its eager attention makes NaN of a float64 mask
+    if kind == "gemma2":
+        a, b = a.float(), b.float()  # its eager attention makes NaN of a float64 mask
     near = 1e-10 if a.dtype == torch.float64 else 1e-3
     prompts, replies, T = [[5, 6, 7], [8], [9, 10]], [[11, 2], [12, 13, 14, 15], [2]], .7
     exact, cheap = kl_per_reply(a, b, prompts, replies, T, chunk)
     for i, (p, y) in enumerate(zip(prompts, replies)):
         want, log = 0., 0.
         for t in range(len(y)):
-            with torch.no_grad(): new, old = ((m(torch.tensor([p + y[:t]])).logits[0, -1] / T).log_softmax(-1) for m in (a, b))
+            with torch.no_grad():
+                new, old = (
+                    (m(torch.tensor([p + y[:t]])).logits[0, -1] / T).log_softmax(-1) for m in (a, b)
+                )
             want += (new.exp() * (new - old)).sum().item(); log += (new - old)[y[t]].item()
-        assert exact[i].item() == pytest.approx(want, abs=near) and cheap[i].item() == pytest.approx(log, abs=near)
+        assert exact[i].item() == pytest.approx(want, abs=near) and cheap[
+            i
+        ].item() == pytest.approx(log, abs=near)
 
 
 def test_kl_of_an_adapter_that_is_switched_off_for_the_reference():
@@ -295,7 +359,8 @@ def test_kl_of_an_adapter_that_is_switched_off_for_the_reference():
     policy = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear"))
     with torch.no_grad():
         for n, p in policy.named_parameters():
-            if "lora_B" in n: p.add_(.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+            if "lora_B" in n:
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     @contextlib.contextmanager
     def lent():
         with policy.disable_adapter(): yield policy
@@ -310,7 +375,11 @@ def test_kl_never_holds_the_logits_of_a_batch():
     seen, softmax = [], torch.Tensor.log_softmax
     replies = [list(range(5, 65))] * 8
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "log_softmax", lambda z, d: (seen.append(tuple(z.shape)), softmax(z, d))[1])
+        patch.setattr(
+            torch.Tensor,
+            "log_softmax",
+            lambda z, d: (seen.append(tuple(z.shape)), softmax(z, d))[1],
+        )
         kl_per_reply(tiny_model(), tiny_model(seed=1), [[5, 6]] * 8, replies, chunk=16)
     assert seen and max(n for n, _ in seen) == 16 and sum(n for n, _ in seen) == 2 * 8 * 60
 
