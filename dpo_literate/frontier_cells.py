@@ -122,7 +122,7 @@ def every_pair(
     prompt_ids:list[list[int]],  # of P prompts
     replies:list[list[dict]],    # P lists
     rewards:list[list[float]],   # in the same shape
-)->tuple[list,int]:              # ids of prompt, chosen and rejected reply; how many pairs were tied
+)->tuple[list,int]:              # ids of prompt, chosen and rejected reply; how many tied
     "All pairs of replies to a prompt, the one of more reward preferred."
     pairs, tied = [], 0
     for x, ys, r in zip(prompt_ids, replies, rewards):
@@ -130,7 +130,8 @@ def every_pair(
             win, lose = (a, b) if r[a] > r[b] else (b, a)
             if r[a] == r[b]: tied += 1
             else: pairs.append([x, ys[win]["ids"], ys[lose]["ids"]])
-    if not pairs: raise Refusal(f"all {tied} pairs are tied: the reward prefers no reply to another")
+    if not pairs:
+        raise Refusal(f"all {tied} pairs are tied: the reward prefers no reply to another")
     return pairs, tied
 
 # %% ../nbs/13a_frontier_cells.ipynb #c65b02f1

@@ -305,7 +305,7 @@ def bench():
 
 
 def made_up(dpo_gain=1.):
-    "Three seeds: DPO gains `dpo_gain` a nat, every rival half of it; the rest as the script has it."
+    "Three seeds: DPO gains `dpo_gain` a nat, every rival half; the rest as the script has it."
 
     def cell(method, strength, seed, d, r):
         return dict(

@@ -89,7 +89,7 @@ def test_streams_depend_on_seed_prompt_and_number_alone():
 # ------------------------------------------------------------ from the model's own distribution
 
 def p_value(counts, p):
-    "Pearson's chi square of the counts under p; tokens expected fewer than five times share a cell."
+    "Pearson's chi square of the counts under p; tokens expected under five times share a cell."
     want = p * counts.sum()
     rare = want < 5
     seen, want = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts.double(), want))
