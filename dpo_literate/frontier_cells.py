@@ -17,7 +17,7 @@ from transformers import PrinterCallback, set_seed
 from .align import score, split_prompts
 from .frontier import NEEDS, best_of, best_of_n_bound, plot_methods, summary
 from .models import load_model, load_tokenizer, write_folder
-from .ppo_text import (PPO, PPOConfig, load_state, reference_of, reward_function,
+from .ppo_text import (PPO, PPOConfig, reference_of, resume, reward_function,
                                    train)
 from .results import Refusal, provenance, to_json, write_atomic
 from .reward_model import (RewardConfig, RewardTrainer, accuracy, score_texts,
@@ -252,8 +252,7 @@ def ppo_run(job:Job)->PPO:
                          kl_coef=job.strength, seed=job.seed, **c.ppo)
     turns = [user_turn(p, tokenizer) for p in prompts]
     run = PPO(policy, tokenizer, turns, reward, settings, output_dir=work_of(job))
-    state = work_of(job) / "state.safetensors"
-    if state.exists(): load_state(run, state)
+    resume(run)
     return run
 
 # %% ../nbs/13a_frontier_cells.ipynb #5c1d90b3

@@ -221,7 +221,7 @@ def pair_metrics(
     logps = [columns["policy_chosen_logps"], columns["policy_rejected_logps"]]
     values = (torch.ones_like(c), columns["weight"] * verdict.loss,
               c, r, c - r, preference_accuracy(c, r), *logps)
-    found = dict(zip(("pairs", "loss", *METRICS), values))
+    found = dict(zip(("rows", "loss", *METRICS), values))
     if per_token:
         lengths = [columns["chosen_lengths"], columns["rejected_lengths"]]
         found |= {f"mean_logps/{side}": x / n.clamp(min=1)
@@ -236,7 +236,7 @@ def reply_metrics(
     "The same for labelled replies: each side has its own count."
     (reward,), real = verdict.rewards, columns["real"] > 0
     def over(mask, x): return torch.where(mask, x.detach(), 0.).double().sum()
-    sums = dict(pairs=over(real, torch.ones_like(reward)),
+    sums = dict(rows=over(real, torch.ones_like(reward)),
                 loss=over(real, columns["weight"] * verdict.loss))
     if "kl" in columns: sums["kl"] = over(real, columns["kl"])
     good = columns["label"] > 0
@@ -265,10 +265,10 @@ def as_means(
 )->dict:       # name -> mean over the rows, or over the replies of one label
     "From sums to what is logged; a label that did not occur has no mean."
     counts = {k.removeprefix("counts/"): v for k, v in sums.items() if k.startswith("counts/")}
-    over = {k: counts.get(k.rpartition("/")[2], sums["pairs"]) for k in sums}
+    over = {k: counts.get(k.rpartition("/")[2], sums["rows"]) for k in sums}
     over |= dict.fromkeys(("entropy", "mean_token_accuracy"), sums.get("first_tokens"))
     means = {k: v / over[k] for k, v in sums.items()
-             if over[k] and k not in ("pairs", "first_tokens")}
+             if over[k] and k not in ("rows", "first_tokens")}
     means |= {f"counts/{side}": int(v) for side, v in counts.items()}
     if counts and all(counts.values()):
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]

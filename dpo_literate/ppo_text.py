@@ -4,28 +4,32 @@
 
 # %% auto #0
 __all__ = ['Rollout', 'rollout_of', 'roll_out', 'read_replies', 'score_replies', 'PPOConfig', 'reference_of', 'Experience', 'PPO',
-           'value_head', 'end_ids', 'prompt_numbers', 'collect', 'learn', 'train', 'save_state', 'same_settings',
-           'load_state', 'plot_ppo', 'reward_function', 'ppo_from', 'sample_text', 'main_ppo']
+           'value_head', 'end_ids', 'prompt_numbers', 'collect', 'learn', 'check_first_ratio', 'run_identity',
+           'save_run', 'resume', 'train', 'is_due', 'plot_ppo', 'reward_function', 'ppo_from', 'sample_text',
+           'main_ppo']
 
 # %% ../nbs/12b_ppo_text.ipynb #12b00005
-import argparse, contextlib, copy, json, shutil, time
+import argparse, contextlib, copy, shutil, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from safetensors import safe_open
-from safetensors.torch import save
+from .checkpoints import (load_optimizer, load_state, load_weights, predicted_bytes,
+                                      save_state, save_weights)
 from .align import load_reward, read_prompts, score
 from .logps import head_answers, linear_logps, unwrapped
-from .models import load_model, load_tokenizer, no_dropout, write_folder
+from .models import (load_model, load_tokenizer, model_identity, no_dropout,
+                                 write_folder)
 from .plots import COLORS, finish, new_fig
 from .ppo import (KLControl, KLEstimates, gae, kl_estimates, masked_mean, policy_loss,
                               step_stats, token_rewards, value_loss, whiten)
 from .results import Refusal, new_folder, provenance, to_json, write_atomic
 from .reward_model import load_reward_model, score_texts
 from .rows import encode_prompt
+from .run_folder import RunFolder, StopSignal, Stopped, tokenizer_hash
+from .runs import digest
 from .sampling import decoder, generate, left_pad, sampling_dtype, user_turn
-from .step import epoch_order
+from .step import Meter, epoch_order
 
 # %% ../nbs/12b_ppo_text.ipynb #2c7df146
 @dataclass
@@ -129,6 +133,7 @@ class PPOConfig:
     whiten:bool=True             # advantages
     missing_end_penalty:float=0. # taken from a reply that was cut off
     max_grad_norm:float=1.
+    save_steps:int=10            # steps between two checkpoints, where there is a folder
     seed:int=0
     def __post_init__(self): check_config(self)
 
@@ -137,7 +142,8 @@ def check_config(c:PPOConfig)->None:
     "Refuse settings without a meaning."
     if c.kl_estimator not in KLEstimates._fields:
         raise Refusal(f"kl_estimator={c.kl_estimator!r}: use {', '.join(KLEstimates._fields)}")
-    for name in ("steps", "batch_size", "minibatch_size", "epochs", "max_new_tokens"):
+    for name in ("steps", "batch_size", "minibatch_size", "epochs", "max_new_tokens",
+                 "save_steps"):
         if getattr(c, name) < 1: raise Refusal(f"{name}={getattr(c, name)}: must be at least 1")
     if c.kl_coef < 0: raise Refusal(f"kl_coef={c.kl_coef}: must not be negative")
     if c.kl_target is not None and c.kl_target <= 0:
@@ -172,7 +178,7 @@ class PPO:
         reward,                # (prompts, replies) -> one number a reply
         config:PPOConfig=PPOConfig(),
         ref_model=None,        # None: the policy as it starts
-        output_dir:str|Path|None=None, # where the state is kept; None: nowhere
+        output_dir:str|Path|None=None, # where checkpoints are kept; None: nowhere
     ):
         if not prompts: raise Refusal("there are no prompts")
         self.policy, self.tokenizer, self.prompts = no_dropout(policy).eval(), tokenizer, prompts
@@ -188,8 +194,9 @@ class PPO:
         groups = [dict(params=list(p), lr=lr) for p, lr in groups]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.control = KLControl(config.kl_coef, config.kl_target)
-        self.done, self.history, self.folder = 0, [], Path(output_dir) if output_dir else None
+        self.control, self.meter = KLControl(config.kl_coef, config.kl_target), Meter()
+        self.done, self.updates, self.history = 0, 0, []
+        self.folder, self.stop = RunFolder(output_dir) if output_dir else None, StopSignal()
 
 # %% ../nbs/12b_ppo_text.ipynb #9d2fe8a3
 def value_head(
@@ -283,26 +290,34 @@ def update(run:PPO, loss:Tensor)->float: # norm of the gradient
         raise Refusal(f"step {run.done + 1}: the gradient is not finite; "
                       "the update was not made", 3)
     run.optimizer.step()
+    run.updates += 1
     return norm.item()
 
 # %% ../nbs/12b_ppo_text.ipynb #a776c1b9
 def learn(
     run:PPO,      # whose policy learns
     e:Experience, # from what
-)->dict:          # statistics, means over the pieces
+)->dict:          # statistics, means over the replies
     "Use a batch several times."
-    c, stats, mask = run.config, [], e.rollout.mask
-    exact = .05 if unwrapped(run.policy).dtype.itemsize >= 4 else .5
+    c, first, mask = run.config, True, e.rollout.mask
     for _ in range(c.epochs):
         for rows in torch.randperm(len(mask), generator=run.generator).split(c.minibatch_size):
+            keep = e.rollout.attention_mask[rows]
+            run.meter.count(int(keep.sum()), keep.numel())
             loss, logps, values = piece_loss(run, e, rows)
-            drift = (logps - e.logps[rows]).abs().max().item()
-            if not stats and drift > exact:
-                raise Refusal(f"step {run.done + 1}: the first ratio is off by {drift:.2g} nat; "
-                              "reading and sampling disagree")
+            if first: check_first_ratio(run, logps - e.logps[rows])
+            first = False
             found = step_stats(logps, e.logps[rows], values, e.returns[rows], mask[rows], c.clip)
-            stats.append(dict(loss=loss.item(), grad_norm=update(run, loss), **found))
-    return {k: sum(s[k] for s in stats) / len(stats) for k in stats[0]}
+            found |= dict(loss=loss.item(), grad_norm=update(run, loss))
+            run.meter.add({k: v * len(rows) for k, v in found.items()} | dict(rows=len(rows)))
+    return run.meter.line()
+
+def check_first_ratio(run:PPO, drift:Tensor)->None: # log-ratios of the first piece, (B,T)
+    "Before the first update of a batch every ratio is 1, but for rounding."
+    off = drift.abs().max().item()
+    if off > (.05 if unwrapped(run.policy).dtype.itemsize >= 4 else .5):
+        raise Refusal(f"step {run.done + 1}: the first ratio is off by {off:.2g} nat; "
+                      "reading and sampling disagree")
 
 # %% ../nbs/12b_ppo_text.ipynb #54c5cea4
 def one_step(run:PPO)->dict: # the step's line
@@ -321,59 +336,77 @@ def one_step(run:PPO)->dict: # the step's line
     run.history.append(line)
     return line
 
+# %% ../nbs/12b_ppo_text.ipynb #efd904a5
+def run_identity(
+    run:PPO, # before its first step
+)->dict:     # JSON
+    "What must be the same when a run goes on; more steps make no other run of it."
+    settings = {k: v for k, v in asdict(run.config).items() if k not in ("steps", "save_steps")}
+    return settings | dict(prompts=digest(run.prompt_ids), model=digest(model_identity(run.policy)),
+                           tokenizer=tokenizer_hash(run.tokenizer))
+
+def save_run(
+    run:PPO, # after a whole step
+)->None:
+    "Write a checkpoint, complete or absent; the one before it goes."
+    state = dict(value=run.value.state_dict(), coef=run.control.coef, history=run.history,
+                 chance=run.generator.get_state(), meter=run.meter.state_dict())
+    def fill(beside):
+        save_weights(run.policy, beside)
+        save_state(beside, "optimizer", run.optimizer.state_dict())
+        save_state(beside, "state", state)
+    size = predicted_bytes(run.policy, run.optimizer) + 4 * run.value.weight.numel()
+    run.folder.save(run.done, fill, size, keep=1)
+
+# %% ../nbs/12b_ppo_text.ipynb #efd904a6
+def resume(
+    run:PPO,          # as it is before its first step
+    from_folder=True, # see `RunFolder.find`: True, the newest checkpoint, or a path
+)->None:
+    "Go on from a checkpoint of this run, to the bit; start anew where there is none."
+    folder = run.folder.find(from_folder)
+    run.folder.start(folder, run_identity(run))
+    if folder is None: return
+    load_weights(run.policy, folder)
+    load_optimizer(run.optimizer, load_state(folder, "optimizer"))
+    found = load_state(folder, "state")
+    run.value.load_state_dict(found["value"])
+    run.meter.load_state_dict(found["meter"])
+    run.generator.set_state(found["chance"])
+    run.control.coef, run.history = found["coef"], found["history"]
+    run.done = len(run.history)
+
 # %% ../nbs/12b_ppo_text.ipynb #54c5cea5
+def safe_step(run:PPO)->dict: # the step's line
+    "One step; where it fails before it changed anything, the run is saved as it was."
+    updates, chance = run.updates, run.generator.get_state()
+    try: return one_step(run)
+    except BaseException:              # a refusal, Ctrl-C, no memory
+        run.generator.set_state(chance)
+        run.meter.clear()
+        if run.folder and run.updates == updates and run.done: save_run(run)
+        raise
+
+# %% ../nbs/12b_ppo_text.ipynb #6c2d9e47
 def train(
     run:PPO,      # from wherever it stands
     report=None,  # called with each line
 )->list[dict]:    # the lines
-    "Run to the end, or to a refusal that leaves the state on disk."
-    while run.done < run.config.steps:
-        chance = run.generator.get_state()
-        try: line = one_step(run)
-        except BaseException:              # a refusal, Ctrl-C, no memory: all leave the state
-            run.generator.set_state(chance)
-            if run.folder: save_state(run, run.folder / "state.safetensors")
-            raise
-        if report: report(line)
+    "Run to the end, or to a signal or refusal that leaves a checkpoint."
+    if run.folder and not run.folder.identity: resume(run, None)
+    with run.folder.live() if run.folder else contextlib.nullcontext(), run.stop.listening():
+        while run.done < run.config.steps:
+            run.stop.stepping = True
+            line = safe_step(run)
+            if report: report(line)
+            if run.folder and is_due(run): save_run(run)
+            if run.stop.number: raise Stopped(128 + run.stop.number)
     return run.history
 
-# %% ../nbs/12b_ppo_text.ipynb #efd904a5
-def save_state(run:PPO, path:str|Path)->None:
-    "Trained weights, value head, optimizer, chance and history in one file, complete or absent."
-    tensors = {f"policy.{n}": p for n, p in run.trained.items()}
-    tensors |= {f"value.{n}": p for n, p in run.value.state_dict().items()}
-    tensors["chance"] = run.generator.get_state()
-    for i, moments in run.optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
-    kept = dict(done=run.done, coef=run.control.coef, history=run.history,
-                config=asdict(run.config))
-    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomic(path, save(plain, metadata={"run": json.dumps(kept)}))
-
-def same_settings(run:PPO, kept:dict, path)->None:
-    "Refuse a state of other settings; more steps are no other setting."
-    for k, mine in asdict(run.config).items():
-        if k != "steps" and mine != kept["config"].get(k):
-            theirs = kept["config"].get(k)
-            raise Refusal(f"{path} was made with {k}={theirs!r}, this run has {mine!r}", 6)
-
-# %% ../nbs/12b_ppo_text.ipynb #efd904a6
-def load_state(run:PPO, path:str|Path)->None:
-    "Go on from `save_state`."
-    with safe_open(str(path), "pt") as f:
-        kept, tensors = json.loads(f.metadata()["run"]), {k: f.get_tensor(k) for k in f.keys()}
-    same_settings(run, kept, path)
-    with torch.no_grad():
-        for n, p in run.trained.items(): p.copy_(tensors[f"policy.{n}"])
-    run.value.load_state_dict({n: tensors[f"value.{n}"] for n in run.value.state_dict()})
-    adam = {}
-    for k, v in tensors.items():
-        if k.startswith("adam."):
-            _, i, name = k.split(".")
-            adam.setdefault(int(i), {})[name] = v
-    run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": adam})
-    run.generator.set_state(tensors["chance"])
-    run.done, run.control.coef, run.history = kept["done"], kept["coef"], kept["history"]
+def is_due(run:PPO)->bool:
+    "Whether this step is one to keep: every `save_steps`, the last, and where a signal came."
+    c = run.config
+    return bool(run.stop.number) or run.done == c.steps or run.done % c.save_steps == 0
 
 # %% ../nbs/12b_ppo_text.ipynb #a643c1bd
 def plot_ppo(
@@ -383,9 +416,10 @@ def plot_ppo(
     step = [h["step"] for h in history]
     fig, (left, right) = new_fig(ncols=2, width=4.2)
     left.plot(step, [h["score"] for h in history], color=COLORS["policy"])
-    left.set(xlabel="step", ylabel="score of a reply", title="The score rises")
+    left.set(xlabel="step", ylabel="score of a reply", title="Score")
     right.plot(step, [h["kl"] for h in history], color=COLORS["ref"])
-    right.set(xlabel="step", ylabel="KL of a reply (nat)", title="So does the distance")
+    right.set(xlabel="step", ylabel="KL of a reply (nat)",
+              title="Distance from the reference")
     return finish(fig)
 
 # %% ../nbs/12b_ppo_text.ipynb #4c82a4ba
@@ -451,10 +485,8 @@ def main_ppo(
     out, start = Path(args.output), time.perf_counter()
     if not args.resume: new_folder(out, "choose another --out, or --resume")
     run = ppo_from(args)
-    state = out / "state.safetensors"
-    if args.resume and state.exists(): load_state(run, state)
+    resume(run, bool(args.resume))
     before = sample_text(run) if not run.done else None
     train(run, lambda h: print(line_of(h), flush=True))
-    save_state(run, state)
     report_ppo(out, args, run, before, time.perf_counter() - start)
     return 0

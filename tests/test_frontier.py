@@ -387,9 +387,8 @@ def test_an_interrupted_ppo_cell_goes_on_to_the_same_end(tiny, monkeypatch):
     whole = run_cell(job(tiny, "ppo_true", .1, out="whole"))
     monkeypatch.setattr(f, "reward_function", lambda name: breaks)
     with pytest.raises(KeyboardInterrupt): run_cell(job(tiny, "ppo_true", .1, out="broken"))
-    assert list((tiny[0] / "broken" / "work").rglob("state.safetensors")) and not list(
-        (tiny[0] / "broken").glob("*.json")
-    )
+    assert list((tiny[0] / "broken" / "work").rglob("checkpoint-1/state.json"))
+    assert not list((tiny[0] / "broken").glob("*.json"))
     monkeypatch.setattr(f, "reward_function", lambda name: judge)
     again = run_cell(job(tiny, "ppo_true", .1, out="broken"))
     def same(c):

@@ -1,13 +1,14 @@
 "PPO beyond the page: seeds, families, adapters, non-finite numbers, side effects, the command."
-import argparse, json, math
+import argparse, json, math, os, signal
 from dataclasses import replace
 import pytest, torch
 from dpo_literate.sampling import kl_per_reply
 from dpo_literate.models import tiny_model, weights_hash, write_folder
 from dpo_literate.ppo import (KLControl, drawn_pairs, gae, kl_estimates, masked_mean, policy_loss,
                               step_stats, token_rewards, value_loss, whiten, world_dpo, world_ppo)
-from dpo_literate.ppo_text import (PPO, PPOConfig, collect, load_state, main_ppo, prompt_numbers,
-                                   read_replies, reward_function, roll_out, save_state,
+from dpo_literate.checkpoints import checkpoints, verify
+from dpo_literate.ppo_text import (PPO, PPOConfig, collect, main_ppo, prompt_numbers,
+                                   read_replies, resume, reward_function, roll_out,
                                    score_replies, train)
 from dpo_literate.results import Refusal
 from dpo_literate.rows import encode_prompt, tiny_tokenizer
@@ -31,15 +32,11 @@ CONFIG = PPOConfig(
 
 
 def likes_e(prompts, replies): return [r.count("e") / max(len(r), 1) for r in replies]
-def make(reward=likes_e, policy=None, config=CONFIG, **more):
-    return PPO(
-        tiny_model(scale=1.0) if policy is None else policy,
-        TOKENIZER,
-        PROMPTS,
-        reward,
-        config,
-        **more,
-    )
+def make(reward=likes_e, policy=None, config=CONFIG, prompts=PROMPTS, **more):
+    policy = tiny_model(scale=1.) if policy is None else policy
+    return PPO(policy, TOKENIZER, prompts, reward, config, **more)
+
+
 def rng(seed): return torch.Generator().manual_seed(seed)
 
 
@@ -330,21 +327,96 @@ def test_side_activities_change_nothing():
     assert weights_hash(quiet.policy) == weights_hash(loud.policy)
 
 
+def lines_of(run): return [{k: v for k, v in line.items() if k not in TIMES} for line in run.history]
+
+
+TIMES = ("seconds", "tokens_per_second")
+
+
+@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("stop", [1, 2])
-def test_resumed_to_the_bit(tmp_path, stop):
-    whole, half, again = make(), make(config=replace(CONFIG, steps=stop)), make()
+def test_resumed_to_the_bit(tmp_path, stop, adapted):
+    whole, half, again = (make(policy=policy(adapted), config=replace(CONFIG, steps=steps), **more)
+                          for steps, more in ((3, {}), (stop, dict(output_dir=tmp_path)),
+                                              (3, dict(output_dir=tmp_path))))
     train(whole); train(half)
-    save_state(half, tmp_path / "s.safetensors")
-    load_state(again, tmp_path / "s.safetensors")
-    train(again)
-    assert weights_hash(whole.policy) == weights_hash(again.policy) and torch.equal(
-        whole.value.weight, again.value.weight
-    )
-    same = [{k: v for k, v in line.items() if k != "seconds"} for line in whole.history]
-    assert same == [{k: v for k, v in line.items() if k != "seconds"} for line in again.history]
-    with pytest.raises(Refusal, match="lr=0.001") as e:
-        load_state(make(config=replace(CONFIG, lr=0.5)), tmp_path / "s.safetensors")
+    resume(again); train(again)
+    assert weights_hash(whole.policy) == weights_hash(again.policy)
+    assert torch.equal(whole.value.weight, again.value.weight)
+    assert lines_of(whole) == lines_of(again)
+    assert [step for step, _ in checkpoints(tmp_path)] == [3], "one checkpoint stays"
+    files = verify(tmp_path / "checkpoint-3")["files"]
+    assert {"optimizer.json", "state.json"} < set(files)
+    assert ("adapter_model.safetensors" in files) == adapted
+
+
+def policy(adapted):
+    if not adapted: return tiny_model(scale=1.)
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    return peft.get_peft_model(tiny_model(scale=1.), peft.LoraConfig(r=2, target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("what,change", [
+    ("lr", dict(config=replace(CONFIG, lr=.5))), ("prompts", dict(prompts=["another one"])),
+    ("model", dict(policy=tiny_model(scale=1., seed=7)))])
+def test_a_run_goes_on_as_what_it_was(tmp_path, what, change):
+    train(make(config=replace(CONFIG, steps=1), output_dir=tmp_path))
+    with pytest.raises(Refusal, match=f"cannot be continued: {what} was") as e:
+        resume(make(output_dir=tmp_path, **change))
     assert e.value.code == 6
+
+
+def test_a_folder_with_a_run_in_it_is_not_written_over(tmp_path):
+    train(make(config=replace(CONFIG, steps=1), output_dir=tmp_path))
+    with pytest.raises(Refusal, match="checkpoint-1 of an earlier run"): train(make(output_dir=tmp_path))
+
+
+def test_a_damaged_checkpoint_is_seen(tmp_path):
+    train(make(config=replace(CONFIG, steps=1), output_dir=tmp_path))
+    path = tmp_path / "checkpoint-1" / "optimizer.safetensors"
+    raw = bytearray(path.read_bytes()); raw[-1] ^= 1; path.write_bytes(raw)
+    with pytest.raises(Refusal, match="none of its 1 checkpoints is whole"): resume(make(output_dir=tmp_path))
+
+
+def test_a_checkpoint_every_so_many_steps(tmp_path):
+    seen = []
+    run = make(config=replace(CONFIG, steps=5, save_steps=2), output_dir=tmp_path)
+    train(run, lambda line: seen.append([step for step, _ in checkpoints(tmp_path)]))
+    assert seen == [[], [], [2], [2], [4]] and [k for k, _ in checkpoints(tmp_path)] == [5]
+
+
+def test_a_batch_half_learned_is_not_kept(tmp_path, monkeypatch):
+    "Weights that moved without the batch being done would be trained on it twice."
+    import dpo_literate.ppo_text as ppo_text
+    run = make(config=replace(CONFIG, save_steps=1), output_dir=tmp_path)
+    count, update = [0], ppo_text.update
+    def second_piece_of_step_two_fails(run, loss):
+        count[0] += 1
+        pieces = CONFIG.epochs * -(-CONFIG.batch_size // CONFIG.minibatch_size)
+        if count[0] == pieces + 2: raise MemoryError
+        return update(run, loss)
+    monkeypatch.setattr(ppo_text, "update", second_piece_of_step_two_fails)
+    with pytest.raises(MemoryError): train(run)
+    assert [step for step, _ in checkpoints(tmp_path)] == [1]
+    monkeypatch.setattr(ppo_text, "update", update)
+    whole, again = make(), make(output_dir=tmp_path)
+    train(whole); resume(again); train(again)
+    assert weights_hash(whole.policy) == weights_hash(again.policy)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_step_finish(tmp_path, number):
+    seen = []
+    def told(p, r):
+        seen.append(1)
+        if len(seen) == 2: os.kill(os.getpid(), number)
+        return likes_e(p, r)
+    with pytest.raises(SystemExit) as e: train(make(told, output_dir=tmp_path))
+    assert e.value.code == 128 + number and [k for k, _ in checkpoints(tmp_path)] == [2]
+    whole, again = make(), make(output_dir=tmp_path)
+    train(whole); resume(again); train(again)
+    assert weights_hash(whole.policy) == weights_hash(again.policy)
 
 
 @pytest.mark.parametrize(
@@ -366,8 +438,8 @@ def test_a_broken_reward_is_one_sentence_and_the_state_is_kept(tmp_path, reward,
     run = make(late, output_dir=tmp_path)
     with pytest.raises(Refusal, match=words) as e: train(run)
     assert e.value.code == code and "\n" not in str(e.value)
-    again = make()
-    load_state(again, tmp_path / "state.safetensors")
+    again = make(output_dir=tmp_path)
+    resume(again)
     assert again.done == 1 and weights_hash(again.policy) == weights_hash(run.policy)
     whole = make(); train(whole); train(again)
     assert weights_hash(whole.policy) == weights_hash(again.policy), (
@@ -393,7 +465,7 @@ def test_all_empty_is_refused_and_some_empty_counted(tmp_path):
     mute.end_ids = list(range(320))  # whatever comes first ends the reply
     mute.tokenizer = tiny_tokenizer(); mute.tokenizer.decode = lambda *a, **k: ""
     with pytest.raises(Refusal, match="every reply of the batch is empty"): train(mute)
-    assert (tmp_path / "state.safetensors").exists()
+    assert not checkpoints(tmp_path), "nothing was learned, nothing is kept"
     assert score_replies(likes_e, ["x"] * 2, ["", "e"]).tolist() == [0., 1.]
 
 
@@ -414,11 +486,7 @@ def test_non_finite_numbers_stop_before_an_update(tmp_path, where):
     if where == "gradient": run.policy.model.norm.weight.register_hook(lambda g: g * math.inf)
     before = weights_hash(run.policy)
     with pytest.raises(Refusal, match="not finite") as e: train(run)
-    assert (
-        e.value.code == 3
-        and weights_hash(run.policy) == before
-        and (tmp_path / "state.safetensors").exists()
-    )
+    assert e.value.code == 3 and weights_hash(run.policy) == before and not checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -510,7 +578,7 @@ def test_an_interrupted_run_keeps_its_state(tmp_path, stop):
         if len(seen) == 3: raise stop
         return likes_e(p, r)
     with pytest.raises(stop): train(make(later, output_dir=tmp_path))
-    whole, again = make(), make()
+    whole, again = make(), make(output_dir=tmp_path)
     train(whole)
-    load_state(again, tmp_path / "state.safetensors"); train(again)
+    resume(again); train(again)
     assert again.done == 3 and weights_hash(whole.policy) == weights_hash(again.policy)
