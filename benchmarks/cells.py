@@ -1,48 +1,54 @@
 """What the scripts of recorded runs share: cells, one arm with one seed each.
 
-A cell is made once, kept in a small file of its own, and gathered at the end. Its file is named
-after a hash of its settings, so a stopped run goes on where it was, and a cell that was made with
-other settings is made anew.
+A cell is a stage of page 00c: made once, kept in a small file of its own under a hash of its
+settings, and gathered at the end. So a stopped run goes on where it was, and a cell that was made
+with other settings is made anew.
 """
 import argparse
-import hashlib
 import json
 import sys
 import time
 
-from dpo_literate.results import Refusal, bootstrap_interval, data_dir, write_atomic
+from dpo_literate.results import Refusal, bootstrap_interval, data_dir
+from dpo_literate.runs import Stages
 
 
-def key(config): return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+def name_of(config):
+    "The part of a cell's file name that people read: arm, data, seed."
+    said = [str(config[k]) for k in ("arm", "data", "seed") if k in config]
+    return "-" + "_".join(said).replace(", ", "_").replace(" ", "-")
 
 
-def work(todo, path, run, shown, minutes, clock=time.time):
-    "Make missing cells until the time is up; how many are left. `clock` counts the seconds kept."
-    began, left = time.time(), [c for c in todo if not path(c).exists()]
+def find(folder, config):
+    "The record of a cell, or None."
+    return Stages(folder).find("cell", config, name_of(config))
+
+
+def made(folder, config, make):
+    "The values of a cell: from disk, or made and put there."
+    return Stages(folder).do("cell", config, lambda: make(config), name_of(config))
+
+
+def work(todo, folder, run, shown, minutes):
+    "Make missing cells until the time is up; how many are left."
+    began, left = time.time(), [c for c in todo if find(folder, c) is None]
     print(f"{len(todo) - len(left)} of {len(todo)} cells are there", flush=True)
     while left and time.time() - began < 60 * minutes:
-        config, start, spent = left.pop(0), time.time(), clock()
-        values = run(config)
-        write_atomic(
-            path(config),
-            json.dumps({"config": config, "values": values, "seconds": clock() - spent}),
-        )
-        print(
-            f"  {config['arm']}{', ' + config['data'] if 'data' in config else ''}, "
-            f"seed {config['seed']}: {time.time() - start:.0f} s  {shown(values)}",
-            flush=True,
-        )
+        config, start = left.pop(0), time.time()
+        values = made(folder, config, run)
+        print(f" {name_of(config)}: {time.time() - start:.0f} s  {shown(values)}", flush=True)
     return len(left)
 
 
-def gathered(todo, path):
-    missing = [c for c in todo if not path(c).exists()]
+def gathered(todo, folder):
+    "The cells, each with its config, values and seconds; refused while one is missing."
+    found = [(c, find(folder, c)) for c in todo]
+    missing = [c for c, record in found if record is None]
     if missing:
-        raise Refusal(
-            f"{len(missing)} cells are missing, first {missing[0]['arm']} "
-            f"seed {missing[0]['seed']}: run it without --record"
-        )
-    return [json.loads(path(c).read_text()) for c in todo]
+        raise Refusal(f"{len(missing)} cells are missing, first {missing[0]['arm']} "
+                      f"seed {missing[0]['seed']}: run it without --record")
+    return [dict(config=c, values=record["value"], seconds=record["seconds"])
+            for c, record in found]
 
 
 def seeds_of(cells): return sorted({c["config"]["seed"] for c in cells})

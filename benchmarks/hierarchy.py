@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 
 import torch
-from cells import (above, by_seed, claim_row, gathered, key, options, run_or_record, seconds_of,
+from cells import (above, by_seed, claim_row, gathered, options, run_or_record, seconds_of,
                    seeds_of, work)
 
 from dpo_literate.gw_dpo import (add_delimiters, add_segments, hierarchy_policy,
@@ -26,6 +26,7 @@ from dpo_literate.hierarchy_eval import judge_replies, macro_mean, ppa, replies_
 from dpo_literate.models import load_model, load_tokenizer
 from dpo_literate.results import Refusal, repo_dir, save_claims, save_result
 from dpo_literate.rows import Row
+from dpo_literate.runs import digest
 from dpo_literate.trainer import DPOConfig, DPOTrainer
 
 CELLS = repo_dir() / "runs" / "hierarchy"
@@ -42,11 +43,6 @@ ARMS = {"DPO": dict(schedule="none"), "constant": dict(schedule="constant"),
         "DPO, no calibration": dict(schedule="none", calibration=False),
         "bilateral, no calibration": dict(schedule="bilateral", calibration=False),
         "bilateral, no segments": dict(schedule="bilateral", segments=False)}
-
-
-def cell_path(config):
-    arm = config["arm"].replace(", ", "_").replace(" ", "-")
-    return CELLS / f"{arm}_{config['seed']}_{key(config)}.json"
 
 
 def sft_config(seed, segments):
@@ -66,7 +62,7 @@ def configs(seeds):
 
 
 def folder_of(config):
-    return CELLS / f"sft_{key(sft_config(config['seed'], config['segments']))}"
+    return CELLS / f"sft_{digest(sft_config(config['seed'], config['segments']))}"
 
 
 def here(): return dict(use_cpu=not torch.cuda.is_available())
@@ -179,7 +175,7 @@ def shown(values):
 # ------------------------------------------------------------ the record
 
 def record(todo):
-    cells, command = gathered(todo, cell_path), "python benchmarks/hierarchy.py --record"
+    cells, command = gathered(todo, CELLS), "python benchmarks/hierarchy.py --record"
     seeds = seeds_of(cells)
     names = list(dict.fromkeys(c["config"]["arm"] for c in cells))
     def of(arm, name): return [v[name] for v in by_seed(cells, arm=arm)]
@@ -245,7 +241,7 @@ def claims(of, seeds, command):
 
 def main(argv=None):
     args = options(__doc__, [0, 1, 2]).parse_args(argv)
-    def run(todo, minutes): return work(todo, cell_path, run_cell, shown, minutes)
+    def run(todo, minutes): return work(todo, CELLS, run_cell, shown, minutes)
     return run_or_record(args, lambda: configs(args.seeds), run, record)
 
 

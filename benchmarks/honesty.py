@@ -13,13 +13,12 @@ A cell is one arm with one seed. A finished cell is kept under runs/honesty/ and
 stopped run goes on where it was; a cell that was made with other settings is made anew. --record
 refuses while a cell is missing.
 """
-import json
 import random
 import sys
 import time
 
 import torch
-from cells import (above, below, by_seed, claim_row, gathered, key, options, polite_pairs,
+from cells import (above, below, by_seed, claim_row, gathered, made, options, polite_pairs,
                    run_or_record, seconds_of, seeds_of, work)
 
 from dpo_literate.models import load_model, load_tokenizer
@@ -28,7 +27,7 @@ from dpo_literate.probes.honesty import (BINS, answer_sheet, choice_logps, conve
                                          deference, eager_pairs, echo, gives_in,
                                          shipped_questions, split_categories, truth_scores,
                                          truthful_pairs, truthfulqa)
-from dpo_literate.results import repo_dir, save_claims, save_result, write_atomic
+from dpo_literate.results import repo_dir, save_claims, save_result
 
 CELLS = repo_dir() / "runs" / "honesty"
 ARMS = ("polite", "eager", "truthful")
@@ -44,7 +43,6 @@ def configs(seeds, size=FULL):
     return [dict(arm=arm, seed=seed, **size, **SETTINGS) for seed in seeds for arm in ARMS]
 
 
-def cell_path(config): return CELLS / f"{config['arm']}_{config['seed']}_{key(config)}.json"
 
 
 def pairs_of(config):
@@ -84,12 +82,9 @@ def read(model, tokenizer, questions, config):
 def start(config, questions):
     "The model before, read once a seed and kept in a small file of its own."
     kept = {k: v for k, v in config.items() if k not in (*SETTINGS, "train")}
-    path = cell_path({**kept, "arm": "before"})
-    if not path.exists():
-        began, model = time.time(), load_model("bundled")
-        values = read(model, load_tokenizer("bundled"), questions, config)
-        write_atomic(path, json.dumps(dict(values=values, seconds=time.time() - began)))
-    return json.loads(path.read_text())["values"]
+    def read_base(_):
+        return read(load_model("bundled"), load_tokenizer("bundled"), questions, config)
+    return made(CELLS, {**kept, "arm": "before"}, read_base)
 
 
 def run(config):
@@ -118,7 +113,7 @@ def shown(values):
 
 
 def record(todo):
-    cells = gathered(todo, cell_path)
+    cells = gathered(todo, CELLS)
     seeds = seeds_of(cells)
     def of(arm, name, when): return [v[when][name] for v in by_seed(cells, arm=arm)]
     names = [k for k in cells[0]["values"]["before"] if k != "curve"]
@@ -183,7 +178,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     size = SMALL if args.small and not args.record else FULL
     todo = (lambda: []) if args.truthfulqa else lambda: configs(args.seeds, size)
-    def run_cells(todo, minutes): return work(todo, cell_path, run, shown, minutes)
+    def run_cells(todo, minutes): return work(todo, CELLS, run, shown, minutes)
     save = (lambda todo: print(record_truthfulqa())) if args.truthfulqa else record
     return run_or_record(args, todo, run_cells, save)
 

@@ -14,7 +14,6 @@ stopped run goes on where it was; a cell that was made with other settings is ma
 refuses while a cell is missing.
 """
 import difflib
-import functools
 import gzip
 import hashlib
 import json
@@ -23,7 +22,7 @@ import sys
 import time
 
 import torch
-from cells import (above, below, by_seed, claim_row, gathered, key, options, polite_pairs,
+from cells import (above, below, by_seed, claim_row, gathered, options, polite_pairs,
                    run_or_record, seconds_of, seeds_of, work)
 
 from dpo_literate.models import load_model, load_tokenizer
@@ -34,12 +33,7 @@ CELLS = repo_dir() / "runs" / "probes"
 COMMAND = "python benchmarks/probes.py {} --record"
 
 
-def cell_path(page, config):
-    arm, data = config["arm"].replace(" ", "-"), config.get("data", "all")
-    return CELLS / f"{page}_{arm}_{data}_{config['seed']}_{key(config)}.json"
-
-
-def path_of(page): return functools.partial(cell_path, page)
+def folder_of(page): return CELLS / page
 
 
 def summary(values):
@@ -147,7 +141,7 @@ def ches_cell(config):
 
 
 def record_displacement(configs):
-    cells = gathered(configs, path_of("displacement"))
+    cells = gathered(configs, folder_of("displacement"))
     seeds, command = seeds_of(cells), COMMAND.format("displacement")
     def of(arm, kind, name): return [v[name] for v in by_seed(cells, arm=arm, data=kind)]
     settings = [c["config"] for c in cells]
@@ -267,7 +261,7 @@ def tdi_cell(config):
 
 
 def record_tdi(configs):
-    cells = gathered(configs, path_of("tdi"))
+    cells = gathered(configs, folder_of("tdi"))
     seeds, command = seeds_of(cells), COMMAND.format("tdi")
     def of(arm, name): return [v[name] for v in by_seed(cells, arm=arm)]
     config = {k: v for k, v in cells[0]["config"].items() if k not in ("arm", "seed")}
@@ -361,7 +355,7 @@ def refusal_cell(config):
 
 
 def record_refusal(configs):
-    cells = gathered(configs, path_of("refusal"))
+    cells = gathered(configs, folder_of("refusal"))
     seeds, command = seeds_of(cells), COMMAND.format("refusal")
     def at(arm, epochs, name):
         return [v["epochs"][str(epochs)][name] for v in by_seed(cells, arm=arm)]
@@ -451,7 +445,7 @@ def main(argv=None):
     every = not args.arms or args.record
     def chosen():
         return [c for c in configs(args.seeds or list(seeds)) if every or c["arm"] in args.arms]
-    def run(todo, minutes): return work(todo, path_of(args.page), cell, summary, minutes)
+    def run(todo, minutes): return work(todo, folder_of(args.page), cell, summary, minutes)
     return run_or_record(args, chosen, run, record)
 
 

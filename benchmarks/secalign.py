@@ -19,7 +19,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 
 import torch
-from cells import (above, below, by_seed, gathered, key, options, run_or_record, seconds_of,
+from cells import (above, below, by_seed, gathered, options, run_or_record, seconds_of,
                    seeds_of, work)
 
 from dpo_literate.attacks import ATTACKS, DEFENCES, asr, attack_suite, gcg_attacks, utility
@@ -27,6 +27,7 @@ from dpo_literate.hierarchy_eval import share_interval
 from dpo_literate.models import load_model, load_tokenizer
 from dpo_literate.results import (Refusal, bootstrap_interval, data_dir, repo_dir, save_claims,
                                   save_result, write_atomic)
+from dpo_literate.runs import digest
 from dpo_literate.secalign import PLACES, own_replies, secalign_pairs
 
 CELLS = repo_dir() / "runs" / "secalign"
@@ -50,10 +51,6 @@ def name_of(arm, seed): return f"{arm.replace(' ', '-').replace(',', '')}_{seed}
 
 
 def config_of(arm, seed): return dict(arm=arm, seed=seed, **SETTINGS)
-
-
-def cell_path(config):
-    return CELLS / f"{name_of(config['arm'], config['seed'])}_{key(config)}.json"
 
 
 # ------------------------------------------------------------ tasks, models
@@ -109,7 +106,7 @@ def train(model, tokenizer, pairs, seed, loss, learning_rate, targets, folder):
 
 def adapter(arm, seed, tokenizer, rows):
     "The folder of a trained arm's adapter, trained where it is not there."
-    folder = CELLS / "adapters" / f"{name_of(arm, seed)}_{key(TRAINING)}"
+    folder = CELLS / "adapters" / f"{name_of(arm, seed)}_{digest(TRAINING)}"
     if (folder / "log.json").is_file(): return folder
     begun = time.process_time()
     by_likelihood = arm in ("undefended", "StruQ")
@@ -215,7 +212,7 @@ COMMAND = "python benchmarks/secalign.py --record"
 
 
 def record(configs):
-    cells = gathered(configs, cell_path)
+    cells = gathered(configs, CELLS)
     seeds = seeds_of(cells)
     def of(arm, name): return [v[name] for v in by_seed(cells, arm=arm)]
     names = ("max", "max_contain", "begin", "contain", "overlap", "utility", "gcg", "log")
@@ -295,8 +292,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     def configs(): return [config_of(arm, seed) for seed in args.seeds for arm in args.arms]
-    def run(todo, minutes): # seconds of one core are kept
-        return work(todo, cell_path, cell, shown, minutes, time.process_time)
+    def run(todo, minutes): return work(todo, CELLS, cell, shown, minutes)
     return run_or_record(args, configs, run, record)
 
 

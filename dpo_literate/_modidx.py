@@ -1704,6 +1704,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'dpo_literate.runs.Stages': ('runs.html#stages', 'dpo_literate/runs.py'),
                                    'dpo_literate.runs.Stages.__init__': ('runs.html#stages.__init__', 'dpo_literate/runs.py'),
                                    'dpo_literate.runs.Stages.do': ('runs.html#stages.do', 'dpo_literate/runs.py'),
+                                   'dpo_literate.runs.Stages.find': ('runs.html#stages.find', 'dpo_literate/runs.py'),
+                                   'dpo_literate.runs.Stages.path': ('runs.html#stages.path', 'dpo_literate/runs.py'),
                                    'dpo_literate.runs._read': ('runs.html#_read', 'dpo_literate/runs.py'),
                                    'dpo_literate.runs.claim': ('runs.html#claim', 'dpo_literate/runs.py'),
                                    'dpo_literate.runs.digest': ('runs.html#digest', 'dpo_literate/runs.py'),

@@ -33,6 +33,14 @@ class Stages:
         self.folder, self.seconds, self.memory = Path(folder), {}, 0.
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def path(self, name:str, inputs, part:str="")->Path:
+        "The file of a stage."
+        return self.folder / f"{name}{part}-{digest([name, part, inputs])}.json"
+
+    def find(self, name:str, inputs, part:str="")->dict|None: # inputs, value, seconds, memory
+        "The record of a stage that is whole on the disk."
+        return _read(self.path(name, inputs, part))
+
     def do(self,
         name:str,    # of the stage
         inputs,      # everything its result depends on
@@ -40,12 +48,12 @@ class Stages:
         part:str="", # of the stage, where it has several
     ):               # the result, as it stands on the disk
         "The stage's result: from disk, or made and put there."
-        path = self.folder / f"{name}{part}-{digest([name, part, inputs])}.json"
-        if (record := _read(path)) is None:
-            start, value = time.perf_counter(), make()
+        if (record := self.find(name, inputs, part)) is None:
+            start, value = time.perf_counter(), json.loads(to_json(make()))
             cost = dict(seconds=time.perf_counter() - start, memory=peak_memory())
-            write_atomic(path, to_json(dict(inputs=inputs, value=value, sha=digest(value), **cost)))
-            record = json.loads(path.read_text(encoding="utf-8"))
+            made = to_json(dict(inputs=inputs, value=value, sha=digest(value), **cost))
+            write_atomic(self.path(name, inputs, part), made)
+            record = self.find(name, inputs, part)
         self.seconds[name] = self.seconds.get(name, 0.) + record["seconds"]
         self.memory = max(self.memory, record["memory"])
         return record["value"]

@@ -327,7 +327,8 @@ def test_side_activities_change_nothing():
     assert weights_hash(quiet.policy) == weights_hash(loud.policy)
 
 
-def lines_of(run): return [{k: v for k, v in line.items() if k not in TIMES} for line in run.history]
+def lines_of(run):
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in run.history]
 
 
 TIMES = ("seconds", "tokens_per_second")
@@ -354,7 +355,8 @@ def policy(adapted):
     if not adapted: return tiny_model(scale=1.)
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    return peft.get_peft_model(tiny_model(scale=1.), peft.LoraConfig(r=2, target_modules="all-linear"))
+    lora = peft.LoraConfig(r=2, target_modules="all-linear")
+    return peft.get_peft_model(tiny_model(scale=1.), lora)
 
 
 @pytest.mark.parametrize("what,change", [
@@ -369,14 +371,16 @@ def test_a_run_goes_on_as_what_it_was(tmp_path, what, change):
 
 def test_a_folder_with_a_run_in_it_is_not_written_over(tmp_path):
     train(make(config=replace(CONFIG, steps=1), output_dir=tmp_path))
-    with pytest.raises(Refusal, match="checkpoint-1 of an earlier run"): train(make(output_dir=tmp_path))
+    other = make(output_dir=tmp_path)
+    with pytest.raises(Refusal, match="checkpoint-1 of an earlier run"): train(other)
 
 
 def test_a_damaged_checkpoint_is_seen(tmp_path):
     train(make(config=replace(CONFIG, steps=1), output_dir=tmp_path))
     path = tmp_path / "checkpoint-1" / "optimizer.safetensors"
     raw = bytearray(path.read_bytes()); raw[-1] ^= 1; path.write_bytes(raw)
-    with pytest.raises(Refusal, match="none of its 1 checkpoints is whole"): resume(make(output_dir=tmp_path))
+    other = make(output_dir=tmp_path)
+    with pytest.raises(Refusal, match="none of its 1 checkpoints is whole"): resume(other)
 
 
 def test_a_checkpoint_every_so_many_steps(tmp_path):
