@@ -31,7 +31,7 @@ def example_inputs(
         out |= {f"ref{side}_logps": ref, f"policy{side}_logps": moved, f"{side[1:]}_lengths": n}
     out |= dict(label=draw(0, 1) > .5, chosen_wpo=draw(-1, 0), rejected_wpo=draw(-1, 0))
     out |= dict(prompt_lengths=(n := tokens()), prompt_logps=-n * draw(1., 2.))
-    means = dict(kl=.3, gap_mean=.2, reward_mean=.1)
+    means = dict(z0=.3, gap_mean=.2, reward_mean=.1)
     return out | {k: torch.tensor(v, dtype=torch.float64) for k, v in means.items()}
 
 # %% ../nbs/20b_certificates.ipynb #d5b27b00
@@ -43,7 +43,7 @@ def start_of(
     "The loss at the first step."
     policy = {k.replace("ref", "policy"): v
               for k, v in inputs.items() if k.startswith("ref")}
-    nothing = {k: torch.zeros_like(inputs[k]) for k in ("kl", "gap_mean", "reward_mean")}
+    nothing = {k: torch.zeros_like(inputs[k]) for k in ("z0", "gap_mean", "reward_mean")}
     return loss(inputs | policy | nothing, **settings)[0]
 
 # %% ../nbs/20b_certificates.ipynb #b5d1eced
@@ -53,7 +53,7 @@ def equal_pair(
 )->list[dict]:               # inputs, one dict a call
     "Two replies that the reference finds alike."
     there, five, zero = (torch.full((1,), v, dtype=torch.float64) for v in (-5., 5., 0.))
-    means = dict(kl=zero[0], gap_mean=zero[0], reward_mean=zero[0])
+    means = dict(z0=zero[0], gap_mean=zero[0], reward_mean=zero[0])
     if not paired:
         both = (good, True), (bad, False)
         return [means | dict(policy_logps=y, ref_logps=there, label=torch.tensor([label]))
@@ -89,7 +89,7 @@ def verdict_inputs(
     B = 1 - A
     lengths, zero = torch.tensor(n).to(logps), torch.zeros(()).to(logps)
     none, prompt = zero.expand(len(A)), torch.full((len(A),), 5.).to(logps)
-    out = dict(kl=zero, gap_mean=zero, reward_mean=zero, chosen_wpo=none, rejected_wpo=none,
+    out = dict(z0=zero, gap_mean=zero, reward_mean=zero, chosen_wpo=none, rejected_wpo=none,
                prompt_lengths=prompt, prompt_logps=-prompt)
     if not loss.paired:
         replies, good = torch.cat([A, B]), torch.arange(2 * len(A)) < len(A)
@@ -187,7 +187,7 @@ def unit_beta(loss:Loss)->dict: # β = 1 where the loss has a β: its rewards ar
 
 # %% ../nbs/20b_certificates.ipynb #578a14ca
 NATS = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps",
-        "ref_rejected_logps", "policy_logps", "ref_logps", "kl", "gap_mean")
+        "ref_rejected_logps", "policy_logps", "ref_logps", "z0", "gap_mean")
 
 def with_changed(inputs, **changes): # name -> what becomes of that input
     return inputs | {k: f(inputs[k]) for k, f in changes.items()}

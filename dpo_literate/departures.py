@@ -271,7 +271,7 @@ def quantile_coupling(
 @register_loss("aot_unpaired", title="AOT, unpaired", source="arXiv:2406.05882",
     formula=r"-\log\sigma\big(\beta(\mathrm{sort}(u_w)-\mathrm{sort}(u_l))\big)",
     at_init=lambda **_: math.log(2), slope=_aot_slope, optimum=lambda p, **_: math.inf,
-    batch_dependent=True, heaps=True, relations=("ratio", "units", "monotone"))
+    batch_dependent=True, two_groups=True, relations=("ratio", "units", "monotone"))
 def aot_unpaired_loss(
     chosen_logratio:Tensor,     # log π_θ − log π_ref of the chosen (nat), shape (B,)
     rejected_logratio:Tensor,   # the same of the rejected, of any number
@@ -310,12 +310,12 @@ def _kto_start(desirable_weight=1., undesirable_weight=1., **_):
 def kto_loss(
     logratio:Tensor, # log π_θ − log π_ref of one reply (nat), shape (B,)
     label:Tensor,    # 1 for a good reply, 0 for a bad one, shape (B,)
-    kl:Tensor,       # z₀ (nat), see `kto_kl`
+    z0:Tensor,       # z₀ (nat), see `kto_kl`
     beta:float=0.1,  # strength of the tie to the reference, > 0
     desirable_weight:float=1., undesirable_weight:float=1., # λ_D, λ_U
 )->tuple[Tensor,Tensor]: # loss and reward of each reply, (B,)
     "A reply against the usual one, as people feel gains and losses (arXiv:2402.01306)."
-    gain = beta * (logratio - kl)
+    gain = beta * (logratio - z0)
     good, bad = desirable_weight * (-gain).sigmoid(), undesirable_weight * gain.sigmoid()
     return _by_label(label, good, bad), beta * logratio
 
@@ -358,12 +358,12 @@ def bco_loss(
 def kto_pair_loss(
     chosen_logratio:Tensor,   # log π_θ(y_w) − log π_ref(y_w) (nat), shape (B,)
     rejected_logratio:Tensor, # the same of y_l
-    kl:Tensor|float=0.,       # z₀ (nat), see `kto_kl`
+    z0:Tensor|float=0.,       # z₀ (nat), see `kto_kl`
     beta:float=0.1,           # strength of the tie to the reference, > 0
     desirable_weight:float=1., undesirable_weight:float=1., # λ_D, λ_U
 )->tuple[Tensor,Tensor,Tensor]: # loss, chosen reward, rejected reward, all (B,)
     "KTO, both replies of a pair (arXiv:2402.01306)."
-    w, l = (beta * (u - kl) for u in (chosen_logratio, rejected_logratio))
+    w, l = (beta * (u - z0) for u in (chosen_logratio, rejected_logratio))
     loss = desirable_weight * (-w).sigmoid() + undesirable_weight * l.sigmoid()
     return loss, *times_beta(chosen_logratio, rejected_logratio, beta)
 

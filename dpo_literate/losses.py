@@ -46,7 +46,7 @@ def dpo_loss(
 # %% ../nbs/04_losses.ipynb #6f97766a
 INPUTS = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps",
           "chosen_lengths", "rejected_lengths", "offset", "chosen_wpo", "rejected_wpo", "gap_mean",
-          "policy_logps", "ref_logps", "label", "kl", "reward_mean",
+          "policy_logps", "ref_logps", "label", "z0", "reward_mean",
           "prompt_logps", "prompt_lengths")
 
 # %% ../nbs/04_losses.ipynb #49d98a3d
@@ -118,9 +118,9 @@ class LossRecord:
     batch_dependent:bool=False   # do the pairs of a batch act on each other?
     quantity:str="sum"           # the log-probability its rewards are made of: "sum" or "mean"
     divergence:bool=False        # may the log-ratio be replaced by (4.5)?
-    heaps:bool=False             # are the chosen compared with the rejected as two groups?
+    two_groups:bool=False        # are the chosen compared with the rejected as two groups?
     running:Callable|None=None   # makes the running means it measures against
-    baseline:Callable|None=None  # log-probs of replies to other prompts, of both models -> its `kl`
+    baseline:Callable|None=None  # log-probs of replies to other prompts, of both models -> its `z0`
 
 # %% ../nbs/04_losses.ipynb #5d40aa5f
 class Loss(LossRecord):

@@ -90,7 +90,7 @@ def two_group_loss(
 # %% ../nbs/09d_objective.ipynb #5e1a0022
 def one_loss(loss, columns:dict, settings:dict)->tuple: # loss and rewards
     "Two groups where a loss of groups meets labelled replies; else the loss as it is."
-    grouped = loss.heaps and "label" in columns
+    grouped = loss.two_groups and "label" in columns
     return two_group_loss(loss, columns, settings) if grouped else loss(columns, **settings)
 
 def part_text(part)->str:
@@ -129,7 +129,7 @@ class StepNumbers:
 
     def columns(self, like:Tensor, n:int)->dict: # name -> (n,)
         found = self.running.inputs(like) if self.running else {}
-        if self.baseline: found["kl"] = self.z0.to(like)
+        if self.baseline: found["z0"] = self.z0.to(like)
         return {name: x.expand(n) for name, x in found.items()}
 
     def after_step(self, team:Team)->None:
@@ -238,7 +238,7 @@ def reply_metrics(
     def over(mask, x): return torch.where(mask, x.detach(), 0.).double().sum()
     sums = dict(rows=over(real, torch.ones_like(reward)),
                 loss=over(real, columns["weight"] * verdict.loss))
-    if "kl" in columns: sums["kl"] = over(real, columns["kl"])
+    if "z0" in columns: sums["kl"] = over(real, columns["z0"])
     good = columns["label"] > 0
     for side, mask in (("chosen", real & good), ("rejected", real & ~good)):
         found = dict(counts=torch.ones_like(reward), rewards=reward, logps=columns["policy_logps"])

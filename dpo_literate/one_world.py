@@ -149,7 +149,7 @@ def loss_inputs(
     n_good = round(good * w.shape[-1])
     both = torch.cat([w[..., :n_good], l], -1)
     out = dict(label=lambda: torch.arange(both.shape[-1]) < n_good,
-               kl=lambda: kl(logps, ref).mean(-1, keepdim=True).detach())
+               z0=lambda: kl(logps, ref).mean(-1, keepdim=True).detach())
     for side, at in (("_chosen", w), ("_rejected", l), ("", both)):
         out |= {f"policy{side}_logps": pick(logps, at), f"ref{side}_logps": pick(ref, at),
                 f"{side[1:]}_lengths": pick(worlds.lengths, at),

@@ -248,7 +248,7 @@ def check_reference(args:DPOConfig)->None:
 PAIR_INPUTS = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps",
                "ref_rejected_logps", "chosen_lengths", "rejected_lengths", "offset",
                "chosen_wpo", "rejected_wpo", "gap_mean")
-REPLY_INPUTS = ("policy_logps", "ref_logps", "label", "kl", "reward_mean")
+REPLY_INPUTS = ("policy_logps", "ref_logps", "label", "z0", "reward_mean")
 
 def check_inputs(loss)->None:
     "A loss may ask for what a batch of pairs, or of labelled replies, can answer."
@@ -263,7 +263,7 @@ def looks_at_single_replies(
     args:DPOConfig, # of the run
 )->bool|None:       # True: labelled replies; False: pairs; None: either
     "What the run's losses look at; two kinds at once are refused."
-    kinds = {not l.paired for l in map(get_loss, args.loss_type) if not l.heaps}
+    kinds = {not l.paired for l in map(get_loss, args.loss_type) if not l.two_groups}
     if len(kinds) == 2:
         raise Refusal(f"losses {', '.join(args.loss_type)}: some compare the two replies "
                       "of a pair, others look at one reply at a time; take one kind")

@@ -48,7 +48,7 @@ def plain_inputs(model, ref, rows, loss):
     if not loss.paired:
         away = [(m.prompt_ids, m.chosen_ids) for m in mismatched(rows) if m]
         with torch.no_grad(): z = (texts(model, away)[0] - texts(ref, away)[0]).mean().clamp(min=0)
-        return dict(policy_logps=chosen[0], ref_logps=chosen[3], label=column(r.label for r in rows), kl=z, reward_mean=zero)
+        return dict(policy_logps=chosen[0], ref_logps=chosen[3], label=column(r.label for r in rows), z0=z, reward_mean=zero)
     rejected = both([(r.prompt_ids, r.rejected_ids) for r in rows])
     sides = {f"{name}_{side}{end}": x for side, found in (("chosen", chosen), ("rejected", rejected)) for (name, end), x in zip((("policy", "_logps"), ("", "_lengths"), ("", "_wpo"), ("ref", "_logps")), found)}
     return {k.lstrip("_"): v for k, v in sides.items()} | dict(offset=column(r.offset for r in rows), gap_mean=zero)

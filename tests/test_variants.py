@@ -124,7 +124,7 @@ def test_golden_values(name, settings, formula, a, b):
 def test_golden_kto_one_reply_at_a_time():
     rows = dict(policy_logps=torch.tensor([-12., -10., -9., -14.]).double(),
                 ref_logps=torch.full((4,), -11.).double(),
-                label=torch.tensor([1, 0, 1, 0]), kl=torch.tensor(0.).double())
+                label=torch.tensor([1, 0, 1, 0]), z0=torch.tensor(0.).double())
     found = get_loss("kto")(rows)[0].tolist()
     assert found == pytest.approx([.524979, .524979, .450166, .425557], abs=1e-6)
 
@@ -336,7 +336,7 @@ def test_kto_is_trls(loss_type, weights):
                      ref_KL_logps=other_ref)
         theirs = KTOTrainer._compute_loss(trainer, lambda **_: out, batch, False)
         inputs = dict(policy_logps=tokens.sum(1), ref_logps=torch.cat(ref), label=label,
-                      kl=kto_kl(other, other_ref))
+                      z0=kto_kl(other, other_ref))
         own = weights if loss_type == "kto" else {}
         agree(tokens, get_loss(loss_type)(inputs, beta=.3, **own)[0].mean(), theirs)
 
