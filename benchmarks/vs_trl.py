@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import SequentialSampler
 
 BATCH, LENGTH, LR, BETA = 8, 512, 1e-6, .1
 TRL_ARMS = dict(trl={}, trl_precompute=dict(precompute_ref_log_probs=True),
@@ -56,20 +55,18 @@ def settings(args, folder):
     return dict(output_dir=folder, per_device_train_batch_size=BATCH, max_length=LENGTH,
                 bf16=not args.float32, num_train_epochs=1, logging_steps=1, report_to=[],
                 use_cpu=not torch.cuda.is_available(), save_strategy="no", seed=0,
-                disable_tqdm=True, learning_rate=LR, beta=BETA)
+                train_sampling_strategy="sequential", disable_tqdm=True, learning_rate=LR,
+                beta=BETA)
 
 
 def ours(args, folder):
-    import dpo_literate.trainer
     from dpo_literate.trainer import DPOConfig, DPOTrainer
     model, tokenizer = model_and_tokenizer()
     config = DPOConfig(**settings(args, folder), truncation_mode="keep_start", score_tail=True,
                        capacity=args.capacity)
     data, start = pairs(args.pairs), time.perf_counter()
-    # both sides in the order of the file
-    dpo_literate.trainer.epoch_order = lambda n, seed, epoch: list(range(n))
     trainer = DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
-    trainer.prepare_reference()
+    trainer.begin_run()
     reference = time.perf_counter() - start
     trainer.train()
     took = time.perf_counter() - start
@@ -86,7 +83,6 @@ def theirs(args, folder):
     config = DPOConfig(**settings(args, folder), **own)
     data, start = Dataset.from_list(pairs(args.pairs)), time.perf_counter()
     trainer = DPOTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
-    trainer._get_train_sampler = lambda *a, **k: SequentialSampler(trainer.train_dataset)
     trainer.train()
     took = time.perf_counter() - start
     return trainer, took, dict(tokens_computed=padded_tokens(trainer.train_dataset))

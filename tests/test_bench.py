@@ -38,6 +38,28 @@ def test_gpu_benchmark_runs_on_a_cpu():
                           / "bench_gpu.json").read_text().lower())
 
 
+def test_both_arms_of_the_comparison_see_the_same_pairs(monkeypatch, tmp_path):
+    "Sequential order, float32, a tiny model: the losses of every step agree."
+    pytest.importorskip("trl")
+    from dpo_literate.models import load_model, load_tokenizer, tiny_model, write_folder
+    from dpo_literate.rows import tiny_tokenizer
+    vs_trl = script("vs_trl")
+    def turn(role, text): return [{"role": role, "content": text}]
+    pairs = [dict(prompt=turn("user", f"the cat {i}"), chosen=turn("assistant", f"sat on {i}"),
+                  rejected=turn("assistant", "a dog " * (1 + i % 3))) for i in range(10)]
+    monkeypatch.setattr(vs_trl, "pairs", lambda n: pairs[:n])
+    folder = write_folder(tmp_path / "tiny", tiny_model().float(), tiny_tokenizer())
+    monkeypatch.setattr(vs_trl, "model_and_tokenizer",
+                        lambda: (load_model(folder), load_tokenizer(folder)))
+    monkeypatch.setattr(vs_trl, "LR", 1e-3)
+    def arm(name): return vs_trl.arm(argparse.Namespace(arm=name, pairs=10, float32=True,
+                                                        capacity=512))
+    ours, theirs = arm("ours"), arm("trl")
+    assert len(ours["losses"]) == 2 and ours["losses"] == pytest.approx(theirs["losses"], abs=1e-4)
+    assert ours["losses"][1] != ours["losses"][0]
+    assert ours["reference_seconds"] > 0 and ours["tokens_computed"] < theirs["tokens_computed"]
+
+
 def test_prompt_sweep_counts_each_token_once():
     """Tokens seen at the embeddings: prompt + chosen + rejected a pair when packed, 2(prompt +
     longer) when padded, as TRL's collator lays them out."""
@@ -68,7 +90,7 @@ def test_flops_are_those_that_a_forward_pass_makes():
     """The products counted by hand against torch's own counter, on a padded row without
     attention's share."""
     from torch.utils.flop_counter import FlopCounterMode
-    from dpo_literate.models import tiny_model
+    from dpo_literate.models import load_model, load_tokenizer, tiny_model, write_folder
     anatomy, model = script("anatomy"), tiny_model().float()
     body, head = anatomy.products(model.config, 12, 12)
     with FlopCounterMode(display=False) as counter:
