@@ -40,11 +40,12 @@ def lay_out(
 # %% ../nbs/08_packing.ipynb #3eb63bcb
 def sees(
     segment_ids:Tensor, # (R,T)
+    width:int=3,        # segments of a pair
 )->Tensor:              # (R,1,T,T) bool: may q (row) look at k (column)?
     "Formula (8.1), as a mask."
     q, k = segment_ids[:, :, None], segment_ids[:, None, :]
-    pair = [(s - 1).div(3, rounding_mode="floor") for s in (q, k)]
-    open_ = (pair[0] == pair[1]) & ((k % 3 == 1) | (k == q))
+    pair = [(s - 1).div(width, rounding_mode="floor") for s in (q, k)]
+    open_ = (pair[0] == pair[1]) & ((k % width == 1) | (k == q))
     return open_.tril()[:, None]
 
 # %% ../nbs/08_packing.ipynb #323431c6
@@ -84,13 +85,13 @@ def additive(
     shut = torch.finfo(dtype).min
     return torch.zeros_like(open_, dtype=dtype).masked_fill(~open_, shut)
 
-def _block_mask(seg:Tensor): # segment_ids, (R,T)
+def _block_mask(seg:Tensor, width:int): # segment_ids, (R,T); segments of a pair
     "Formula (8.1) as FlexAttention takes it: a rule for one q and one k."
     from torch.nn.attention.flex_attention import create_block_mask
     def rule(b, h, q, k):
         s, t = seg[b, q], seg[b, k]
-        same_pair = (s - 1) // 3 == (t - 1) // 3
-        return (k <= q) & same_pair & ((t % 3 == 1) | (s == t))
+        same_pair = (s - 1) // width == (t - 1) // width
+        return (k <= q) & same_pair & ((t % width == 1) | (s == t))
     R, T = seg.shape
     return create_block_mask(rule, R, None, T, T, device=seg.device)
 
@@ -100,11 +101,13 @@ def attention_for(
     dtype=torch.float32,    # of the additive mask (eager)
 ):                          # what the model takes as its attention_mask
     "Formula (8.1) in the form an attention kernel takes."
-    seg = batch.segment_ids
-    if kind == "sdpa_pairs": return pair_spans(batch.rows)
-    if kind == "sdpa": return sees(seg)
-    if kind == "eager": return additive(sees(seg), dtype)
-    if kind == "flex_attention": return _block_mask(seg)
+    seg, spans = batch.segment_ids, batch.spans
+    if kind == "sdpa_pairs":
+        return torch.tensor(spans)[None, None] if spans else pair_spans(batch.rows)
+    width = len(spans[0]) if spans else 3
+    if kind == "sdpa": return sees(seg, width)
+    if kind == "eager": return additive(sees(seg, width), dtype)
+    if kind == "flex_attention": return _block_mask(seg, width)
     raise Refusal(f"no packed mask for attention {kind!r}: load the model with sdpa, "
                   "eager or flex_attention")
 
@@ -157,11 +160,12 @@ def rms(gap:Tensor, lengths:Tensor)->float: # nat per square root of a token
 @torch.no_grad()
 def packing_error(
     model, rows:list,  # a few pairs, for one packed row
+    lay=lay_out,       # what lays them out
 )->tuple[float,float]: # gap of packing, gap of one rounding; both as in `rms`
     "How far packing moves these pairs' log-probs, and how far rounding does."
     was = model.training; model.eval()
     try:
-        pack = lay_out(rows)
+        pack = lay(rows)
         out = packed_reply_logps(model, pack.to(next(model.parameters()).device))
         plain = unpacked_logps(model, pack)
         error = rms(out.sums - plain, out.lengths)
@@ -175,13 +179,15 @@ def _text_length(row)->int: # tokens of the longer of a pair's two texts
     return len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids))
 
 def self_check(
-    model,     # a causal language model, wrapped or not
-    rows:list, # pairs of the run
-)->str|None:   # None: pack. A sentence: why not; use padded rows
+    model,       # a causal language model, wrapped or not
+    rows:list,   # pairs of the run
+    lay=lay_out, # what lays them out
+)->str|None:     # None: pack. A sentence: why not; use padded rows
     "Ask whether packing changes this model's log-probabilities."
     long = max(rows, key=_text_length)
-    others = [r for r in rows if r is not long][:2]
-    try: error, noise = packing_error(model, others[:1] + [long] + others[1:])
+    beside = [r for r in rows if r is not long and r.prompt_ids == long.prompt_ids][:2]
+    others = beside or [r for r in rows if r is not long][:2]
+    try: error, noise = packing_error(model, others[:1] + [long] + others[1:], lay)
     except (Refusal, RuntimeError, TypeError, ValueError) as why:
         return f"padded rows: packing is refused ({why})"
     if error <= max(TIMES * noise, FLOOR[unwrapped(model).dtype]): return None

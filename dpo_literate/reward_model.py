@@ -68,6 +68,8 @@ def end_positions(
     batch:Batch, # padded or packed pairs
 )->Tensor:       # flat position of the last token of each reply, chosen then rejected, (2B,)
     "Where each reply ends, in either layout."
+    if batch.spans:
+        raise Refusal("a reward model scores each pair's replies apart: use layout='packed'")
     B, seg = batch.n_pairs, batch.segment_ids.flatten()
     at, reply = (torch.arange(n, device=seg.device) for n in (len(seg), 2 * B))
     packed = batch.attention_mask is None        # segments: prompt, chosen, rejected of each pair

@@ -41,7 +41,7 @@ class PreferenceConfig(TrainingArguments):
     truncation_mode:str = setting(
         "keep_start", "what happens to a longer pair: keep_start, keep_end or refuse")
     identical:str = setting("drop", "pairs of equal or empty replies: drop (counted) or refuse")
-    layout:str = setting("packed", "packed (each prompt once) or padded")
+    layout:str = setting("packed", "packed (each prompt once), shared (its replies too) or padded")
     capacity:int|None = setting(None, "most tokens of a packed row; None: 2048 or the longest pair")
     score_tail:bool = setting(False, "score template text after the end token")
     disable_dropout:bool = setting(True, "dropout off in policy and reference")
@@ -214,7 +214,7 @@ def check_refused(args)->None:
         raise Refusal(f"{name}={value!r} does nothing here: {remedy}")
 
 # %% ../nbs/10a_settings.ipynb #5e770021
-CHOICES = dict(layout=("packed", "padded"), identical=("drop", "refuse"),
+CHOICES = dict(layout=("packed", "shared", "padded"), identical=("drop", "refuse"),
                truncation_mode=("keep_start", "keep_end", "refuse"),
                train_sampling_strategy=("random", "sequential"))
 

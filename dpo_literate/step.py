@@ -16,6 +16,7 @@ from .objective import (Objective, Verdict, as_means, columns_of, extras_of, is_
 from .packing import pack_rows, packed_reply_logps, self_check
 from .results import Refusal
 from .run_folder import Team
+from .shared import check_shared, pack_groups
 
 # %% ../nbs/10_step.ipynb #73d0c650
 def epoch_order(
@@ -35,19 +36,25 @@ class EpochOrder(torch.utils.data.Sampler):
         seed:int,             # of the run
         total:int|None=None,  # rows and fillers
         shuffle:bool=True,    # False: as they stand
-    ): self.n, self.seed, self.total, self.shuffle, self.epoch = n, seed, total or n, shuffle, 0
+        groups:list|None=None,# row numbers that stay together, a list a group
+    ):
+        self.n, self.seed, self.total, self.shuffle = n, seed, total or n, shuffle
+        self.groups, self.epoch = groups or [[k] for k in range(n)], 0
 
     def indices(self, epoch:int)->list:
-        return epoch_order(self.n, self.seed, epoch) if self.shuffle else list(range(self.n))
+        "Groups in the order of the epoch, the rows of a group as they stand."
+        m = len(self.groups)
+        order = epoch_order(m, self.seed, epoch) if self.shuffle else range(m)
+        return [k for j in order for k in self.groups[j]]
 
     def __len__(self): return self.total
     def __iter__(self): return iter(self.indices(self.epoch) + list(range(self.n, self.total)))
 
 # %% ../nbs/10_step.ipynb #a45ce03f
 class Layout:
-    "Lays rows out as pieces: packed rows that share their prompts, or padded texts."
+    "Lays rows out as pieces: packed rows, packed rows that share replies too, or padded texts."
     def __init__(self,
-        kind:str="packed",         # packed or padded
+        kind:str="packed",         # packed, shared or padded
         capacity:int|None=None,    # most tokens of a packed row; None: 2048 or the longest pair
         pad_id:int=0,              # fills padded rows; its value changes nothing
         why_padded:str|None=None,  # why packing was given up, for the log
@@ -58,6 +65,7 @@ class Layout:
     def __call__(self, rows:list)->list: # of `Batch`
         "The pieces of these rows."
         if self.kind == "packed": return pack_rows(rows, capacity=self.capacity)
+        if self.kind == "shared": return pack_groups(rows, capacity=self.capacity)
         return [pad_rows(rows, self.pad_id)]
 
     def __repr__(self): return f"Layout({self.kind}, capacity={self.capacity})"
@@ -69,10 +77,11 @@ def choose_layout(
     kind:str="packed",   # what is asked for
     capacity:int|None=None, pad_id:int=0, # see `Layout`
     team:Team=Team(),    # all processes choose alike
-    check=self_check,    # model, rows -> None, or why packing would change the numbers
+    check=None,          # model, rows -> None, or why packing would change the numbers
 )->Layout:
     "Pack, unless the model's own numbers speak against it."
-    why = check(model, rows) if kind == "packed" else None
+    check = check or dict(packed=self_check, shared=check_shared).get(kind)
+    why = check(model, rows) if kind != "padded" else None
     if team.sum([float(bool(why))])[0]: why = why or "padded rows: as another process"
     return Layout("padded" if why else kind, capacity, pad_id, why)
 

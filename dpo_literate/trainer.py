@@ -22,7 +22,7 @@ from .losses import get_loss
 from .models import (AdapterOff, CachedReference, FrozenReference, MovingReference,
     NoReference, model_identity, no_dropout, table_path)
 from .objective import TOKEN_EXTRAS, extras_of
-from .packing import self_check
+from .shared import prompt_numbers
 from .port import TransformersPort
 from .reference_table import (ReferenceProbe, ReferenceTable, read_in_groups,
     reference_mode, strangers_in_groups)
@@ -106,7 +106,7 @@ class PreferenceTrainer(TransformersPort, Trainer):
         evals=None,         # rows, or a dict of them
         tokenizer=None, ref_model=None, mode:str="none", # see `reference_mode`
         counts:dict|None=None, notes:tuple=(),           # for card and log
-        layout_check=self_check, start_tolerance:float|None=None,
+        layout_check=None, start_tolerance:float|None=None,
         terms:tuple=(),  # auxiliary losses, see `PreferenceStep`
         callbacks=None, optimizers=(None, None),
     ):
@@ -226,7 +226,9 @@ def order_of(rows:list, args)->tuple: # `EpochOrder`, fillers
     extra = [filler(rows[0])] * (-len(rows) % together if args.world_size > 1 else 0)
     seed = args.seed if args.data_seed is None else args.data_seed
     strategy = getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)
-    return EpochOrder(len(rows), seed, len(rows) + len(extra), strategy != "sequential"), extra
+    groups = prompt_numbers(rows) if args.layout == "shared" else None
+    return EpochOrder(len(rows), seed, len(rows) + len(extra), strategy != "sequential",
+                      groups), extra
 
 def max_tokens(args)->int|None: # of a row; None: no limit
     return min((n for n in (args.max_length, args.capacity) if n), default=None)

@@ -90,7 +90,7 @@ def test_flops_are_those_that_a_forward_pass_makes():
     """The products counted by hand against torch's own counter, on a padded row without
     attention's share."""
     from torch.utils.flop_counter import FlopCounterMode
-    from dpo_literate.models import load_model, load_tokenizer, tiny_model, write_folder
+    from dpo_literate.models import tiny_model
     anatomy, model = script("anatomy"), tiny_model().float()
     body, head = anatomy.products(model.config, 12, 12)
     with FlopCounterMode(display=False) as counter:

@@ -29,6 +29,9 @@ def pair_at(
     batch, # padded or packed pairs
 )->Tensor: # (R,T): the pair each position belongs to
     "Which pair a token belongs to, in either layout."
+    if batch.spans:
+        raise Refusal("the matched penalty disturbs each pair apart, and layout='shared' reads "
+                      "a prompt once for all of its pairs: use layout='packed'")
     s = batch.segment_ids - 1
     if batch.attention_mask is not None: return s % batch.n_pairs      # padded
     return s.div(3, rounding_mode="floor")                             # packed
