@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 from transformers import PrinterCallback, TrainerCallback, set_seed
-from .checkpoints import checkpoints, fault_of, read_manifest
+from .checkpoints import checkpoints
+from .manifest import fault_of, read_manifest
 from .audit import check_preferences
 from .models import load_model, load_tokenizer, weights_hash
 from .preferences import as_chat, parse_json, text_of

@@ -12,7 +12,7 @@ __all__ = ['LORA_RATE', 'CUT', 'MEASURE', 'NOTED', 'MERGE_TOLERANCE', 'OLD', 'PA
            'line_of', 'measured', 'closing_line', 'nothing_learned', 'train', 'finish', 'compares', 'note_command',
            'facts_of', 'generate', 'replies_to', 'shown_reply', 'merge', 'losses', 'loss_text', 'demo', 'reward_train',
            'check_files', 'later', 'Command', 'options_of', 'Strict', 'parser', 'usage_of', 'parse', 'settings_for',
-           'refuse_unknown', 'options', 'defaults_of', 'recipe_of', 'main', 'said', 'hushed']
+           'refuse_unknown', 'options', 'defaults_of', 'recipe_of', 'main', 'verify_asked', 'said', 'hushed']
 
 # %% ../nbs/52_command_line.ipynb #19a51b9c
 import argparse, ast, contextlib, functools, importlib, json, math, os, shutil, signal, sys, time
@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Literal, NamedTuple
 from .options import (ELSEWHERE, LONG, USUAL, Setting, as_value, kinds_of, loss_name,
                                   loss_names, read_recipe, settings_in, trainer_settings)
+from .manifest import RUN_MARKS
 from .results import Refusal, new_folder, to_json, write_atomic
 
 # %% ../nbs/52_command_line.ipynb #9ba7565c
@@ -48,6 +49,8 @@ class TrainOptions:
     lora_alpha:float|None=None       # scale of the adapter; none: twice its rank
     lora_targets:list[str]|None=None # layers with an adapter; none: every linear one
     resume:bool=False        # go on from the newest checkpoint in --out
+    allow_change:list=()     # with --resume, what may differ from the run before: beta, data, ...
+    verify:bool=False        # check the files of --model against their manifest
 
 # %% ../nbs/52_command_line.ipynb #aa0d7ebd
 @dataclass
@@ -77,12 +80,14 @@ class GenerateOptions:
     temperature:float=0.       # 0: the likeliest token each time; above 0: drawn
     seed:int=0                 # of what is drawn
     batch_size:int=8           # prompts at a time
+    verify:bool=False          # check the files of --model against their manifest
 
 @dataclass
 class MergeOptions:
     "Of `merge`."
     model:str                  # the folder of an adapter
     out:str                    # where the whole model goes: a new or empty folder
+    verify:bool=False          # check the files of --model against their manifest
 
 @dataclass
 class LossesOptions:
@@ -109,6 +114,7 @@ class RewardTrainOptions:
     batch_size:int=8         # pairs of a step
     max_length:int=512       # tokens of a text
     seed:int=0               # of everything random
+    verify:bool=False        # check the files of --model against their manifest
 
 @dataclass
 class PPOOptions:
@@ -119,6 +125,7 @@ class PPOOptions:
     reward:str="vader"       # vader, module:function, or the folder of a reward model
     lora_r:int=16            # rank of the adapter; 0 trains every weight
     resume:bool=False        # go on from the state in --out
+    verify:bool=False        # check the files of --model against their manifest
 
 # %% ../nbs/52_command_line.ipynb #e6e4960e
 @dataclass
@@ -140,6 +147,7 @@ class ProbeOptions:
     out:str="runs/probe"         # folder of the report
     quick:bool=False             # fewer items, wider intervals
     seed:int=0                   # of what a probe draws
+    verify:bool=False            # check the files of both models against their manifests
 
 # %% ../nbs/52_command_line.ipynb #c1f51479
 @dataclass
@@ -155,6 +163,7 @@ class AttackOptions:
     seed:int=0               # of the attacker
     gcg:int=0                # tasks attacked by GCG as well
     gcg_steps:int=12         # its steps
+    verify:bool=False        # check the files of --model against their manifest
 
 @dataclass
 class HierarchyOptions:
@@ -169,6 +178,7 @@ class HierarchyOptions:
     seed:int=0               # of the items
     max_new_tokens:int=24    # most tokens of a reply
     batch_size:int=32        # prompts at a time
+    verify:bool=False        # check the files of --model against their manifest
 
 # %% ../nbs/52_command_line.ipynb #69641de5
 def check_data(
@@ -249,7 +259,8 @@ def early_refusals(
         loss_name(name)
         if name.lower() == "cdpo" and not args.settings.get("label_smoothing"):
             raise Refusal("cdpo is DPO for a judge who errs: say how often (--label-smoothing 0.1)")
-    if not args.resume: new_folder(args.out, "choose another --out, or --resume")
+    marks = RUN_MARKS if args.resume else ()
+    new_folder(args.out, "choose another --out" + ", or --resume" * (not args.resume), marks)
     if args.eval_data and args.eval_data == args.data and args.eval_split == args.split:
         raise Refusal("--eval-data and --data are the same file: hold some out with --holdout 20")
 
@@ -395,6 +406,7 @@ def make_trainer(args, config, tokenizer, rows:list, held:list, run):
         args.model, args=config, train_dataset=rows, eval_dataset=held or None,
         processing_class=tokenizer, peft_config=adapter_of(args), callbacks=[Bar(), lines_of(run)])
     trainer.remove_callback(PrinterCallback)
+    trainer.allow_change = tuple(args.allow_change)
     return trainer
 
 # %% ../nbs/52_command_line.ipynb #71413658
@@ -952,6 +964,7 @@ def main(
     prefix = f"dpo-literate {name}".strip()
     try:
         name, args = parse(given)
+        verify_asked(args)
         return COMMANDS[name].run(args)
     except KeyboardInterrupt: return said("dpo-literate: interrupted", 130)
     except BrokenPipeError: return hushed()
@@ -959,6 +972,14 @@ def main(
         code = getattr(e, "code", 4 if isinstance(e, OSError) else None)
         if code is None or "--traceback" in given: raise
         return said(f"{prefix}: {e}", code)
+
+def verify_asked(args)->None:
+    "With --verify, the models that a command names are checked file by file."
+    for place in (getattr(args, k, None) for k in ("model", "reference")):
+        if not (getattr(args, "verify", False) and place): continue
+        check_place(place)
+        from dpo_literate.models import verify_named
+        verify_named(place)
 
 def said(message:str, code:int)->int:
     complain(message)

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'PICKLES', 'BUNDLED', 'DTYPES', 'CODE', 'FAMILIES', 'TINY', 'check_folder', 'check_config', 'check_attention',
            'cache_dir', 'bundled_gguf', 'convert_bundled', 'write_folder', 'resolve_model', 'resolve_bundled',
-           'load_model', 'load_options', 'model_class', 'check_loaded', 'unreachable', 'cannot_load', 'no_dropout',
-           'keep_gradients', 'load_tokenizer', 'check_vocabulary', 'fast_bf16', 'tiny_config', 'tiny_model',
-           'adapter_base', 'put_on', 'shared_storage', 'weights_hash', 'model_identity', 'Reference', 'NoReference',
-           'FrozenReference', 'put_back', 'AdapterOff', 'read_reference', 'CachedReference', 'table_path', 'save_table',
-           'load_table', 'move_towards', 'MovingReference']
+           'load_model', 'verify_named', 'load_options', 'model_class', 'check_loaded', 'unreachable', 'cannot_load',
+           'no_dropout', 'dropout_rates', 'keep_gradients', 'load_tokenizer', 'check_template_names',
+           'check_vocabulary', 'fast_bf16', 'tiny_config', 'tiny_model', 'adapter_base', 'put_on', 'shared_storage',
+           'weights_hash', 'model_identity', 'model_form', 'Reference', 'NoReference', 'FrozenReference', 'put_back',
+           'AdapterOff', 'read_reference', 'CachedReference', 'table_path', 'save_table', 'load_table', 'move_towards',
+           'MovingReference']
 
 # %% ../nbs/09_models.ipynb #a66fc782
 import contextlib, errno, hashlib, importlib.util, json, logging, os
@@ -26,8 +27,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT)
 from .logps import Batch, unwrapped
+from dpo_literate.manifest import (MANIFEST, check_files, inside, known_weights, seal,
+    verify_model)
 from .packing import packed_reply_logps
-from .results import Refusal, folder_beside, fsync, write_atomic
+from .results import Refusal, folder_beside, write_atomic
 
 log = logging.getLogger("dpo_literate.models")
 
@@ -50,7 +53,10 @@ def check_folder(
                       + (more.format(pickles[0]) if pickles else ""))
     check_config(read_json(config), config)
     named = read_json(index).get("weight_map", {}).values() if index.is_file() else ()
+    if out := [n for n in map(str, named) if not inside(n)]:
+        raise Refusal(f"{index} names {out[0]!r}, which lies outside the folder")
     for path in sorted({*weights, *(folder / name for name in named)}): check_weights(path)
+    check_files(folder, known_weights(folder), "model folder")
     return folder
 
 # %% ../nbs/09_models.ipynb #3314535c
@@ -145,7 +151,7 @@ def write_folder(
     try:
         with folder_beside(folder) as beside:
             model.save_pretrained(beside); tokenizer.save_pretrained(beside)
-            for path in beside.rglob("*"): fsync(path)
+            seal(beside, {})
     except OSError as why:
         taken = why.errno in (errno.ENOTEMPTY, errno.EEXIST)
         if not (taken and (folder / "config.json").is_file()): raise
@@ -176,10 +182,12 @@ def load_model(
     name:str|Path,          # as for `resolve_model`, or the folder of an adapter
     dtype:str="float32",    # one of `DTYPES`, or "auto": that of the file
     attn:str|None=None,     # attention implementation, None for the model's own choice
+    verify:bool=False,      # check every file against its manifest first
     **more,                 # whatever `from_pretrained` takes: `revision`, `device_map`, …
 )->PreTrainedModel:         # in evaluation mode, dropout off; with its adapter, which learns
     "Load a language model from safetensors; no code of its author is run."
     options = load_options(dtype, attn, more)
+    if verify: verify_named(name)
     if base := adapter_base(name):
         if adapter_base(base):
             raise Refusal(f"adapter {name} sits on another adapter, {base}: merge that one "
@@ -199,6 +207,17 @@ def load_model(
 DTYPES = {"float64": torch.float64, "float32": torch.float32,
           "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODE = ("trust_remote_code", "use_kernels", "kernel_config", "allow_all_kernels")
+
+def verify_named(
+    name:str|Path, # as for `load_model`
+)->None:
+    "Check a model's files against its manifest; of an adapter, its base's too where it has one."
+    folder = cache_dir() / BUNDLED if str(name) == "bundled" else Path(name).expanduser()
+    if not folder.is_dir():
+        raise Refusal(f"{name} is no folder here, so there is no manifest to verify it against")
+    verify_model(folder)
+    base = adapter_base(folder)
+    if base and (Path(base) / MANIFEST).is_file(): verify_named(base)
 
 def load_options(
     dtype, attn, more:dict, # as for `load_model`
@@ -296,6 +315,20 @@ def no_dropout(
                 if "drop" in key and isinstance(value, float): setattr(owner, key, 0.)
     return model
 
+def dropout_rates(
+    model:nn.Module, # any model
+)->dict:             # class and name of the rate -> its values, those above 0
+    "Every dropout that is left on, in the places where `no_dropout` looks."
+    rates, found = [], {}
+    for module in model.modules():
+        if isinstance(module, _DropoutNd): rates.append((module, "p", module.p))
+        for owner in (module, getattr(module, "config", None)):
+            rates += [(owner, k, v) for k, v in getattr(owner, "__dict__", {}).items()
+                      if "drop" in k and isinstance(v, float)]
+    for owner, key, rate in rates:
+        if rate: found.setdefault(f"{type(owner).__name__}.{key}", set()).add(rate)
+    return {k: sorted(v) for k, v in sorted(found.items())}
+
 def keep_gradients(
     model:nn.Module, # any model
 )->nn.Module:        # the same
@@ -324,7 +357,15 @@ def load_tokenizer(
         raise Refusal(f"the tokenizer of {where} cannot be read: tokenizer.json is missing "
                       f"or damaged, copy it again ({said})") from why
     check_vocabulary(tokenizer, Path(where))
+    check_template_names(tokenizer, where)
     return tokenizer
+
+def check_template_names(tokenizer, where:str)->None:
+    "A tokenizer with several chat templates is saved as files of their names."
+    several = tokenizer.chat_template
+    for name in several if isinstance(several, dict) else ():
+        if not inside(name) or "/" in name or "\\" in name:
+            raise Refusal(f"{where}: chat template {name!r} would be saved outside its folder")
 
 def check_vocabulary(
     tokenizer,   # as loaded
@@ -449,11 +490,18 @@ def model_identity(
     model:nn.Module, # any model, with or without adapters
 )->dict:             # JSON; equal exactly where the log-probabilities must be
     "What a log-probability depends on: weights, configuration, adapters, precision."
+    return dict(weights=weights_hash(model), **model_form(model))
+
+def model_form(
+    model:nn.Module, # any model
+)->dict:             # JSON; empty for a module without a configuration
+    "The same without the weights, which training moves."
+    if not hasattr(unwrapped(model), "config"): return {}
     base, adapters = unwrapped(model), getattr(model, "peft_config", None) or {}
     switches = [m.disable_adapters for m in model.modules()
                 if hasattr(m, "disable_adapters")]
     found = dict(
-        weights=weights_hash(model), dtype=base.dtype,
+        dtype=base.dtype,
         config=_without(base.config, "_name_or_path", "transformers_version", "use_cache"),
         adapters={name: _without(c, "base_model_name_or_path", "inference_mode")
                   for name, c in adapters.items()},
@@ -606,14 +654,16 @@ def save_table(
 
 # %% ../nbs/09_models.ipynb #4434bf92
 def load_table(
-    path:Path, # of `table_path`
-)->dict:       # row key -> (chosen, rejected), nat
-    "Read a reference table; empty where there is none or it is damaged."
+    path:Path,    # of `table_path`
+    context:dict, # as there
+)->dict:          # row key -> (chosen, rejected), nat
+    "Read a reference table; empty where there is none, or it is damaged or another's."
     try:
         with safe_open(str(path), "pt") as file:
             keys, values = (file.get_tensor(name) for name in ("keys", "values"))
-            sha = file.metadata()["sha256"]
+            sha, said = (file.metadata()[name] for name in ("sha256", "context"))
     except Exception: return {}
+    if said != json.dumps(context, sort_keys=True, default=str): return {}
     if _table_sha(keys, values) != sha or not values.isfinite().all(): return {}
     pairs = zip(keys.tolist(), values.tolist())
     return {bytes(key).hex(): tuple(value) for key, value in pairs}

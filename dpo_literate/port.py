@@ -7,14 +7,16 @@ __all__ = ['TransformersPort', 'bare_model', 'identity', 'check_shards', 'write_
            'read_checkpoint', 'restore_loop', 'RunCallback', 'peak_checkpoints']
 
 # %% ../nbs/09c_port.ipynb #90c00005
-import math
+import functools, json, math, tempfile
+from dataclasses import asdict
 from pathlib import Path
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from .checkpoints import (export, gather_state, load_optimizer, load_state,
-    load_weights, predicted_bytes, rng_state, save_state, save_weights, set_rng_state,
+    load_weights, packed_bytes, predicted_bytes, rng_state, save_state, save_weights, set_rng_state,
     spread_optimizer, verify)
+from .models import dropout_rates, model_form
 from .results import Refusal
 from dpo_literate.run_folder import (CONTRACT, RunFolder, StopSignal, Stopped, Team, log,
     tokenizer_hash)
@@ -28,6 +30,7 @@ class TransformersPort:
         super().__init__(*args, **kwargs)
         self.folder = RunFolder(self.args.output_dir, Team(self.accelerator, self.sharded))
         self.stop, self.parts, self.resumed = StopSignal(), {}, None
+        self.form = model_form(bare_model(self))   # before `Trainer` aligns its special tokens
 
     @property
     def sharded(self)->bool:
@@ -87,7 +90,8 @@ def identity(trainer)->dict: # JSON
     a, settings = trainer.args, trainer.args.to_dict()
     seed = a.seed if a.data_seed is None else a.data_seed
     found = {k: settings.get(k) for k in CONTRACT}
-    found |= dict(order_seed=seed, world_size=a.world_size,
+    found |= dict(order_seed=seed, world_size=a.world_size, policy=trainer.form,
+                  dropout=dropout_rates(bare_model(trainer)),
                   tokenizer=tokenizer_hash(trainer.processing_class))
     return found | trainer.run_identity()
 
@@ -112,12 +116,12 @@ def write_checkpoint(trainer, trial=None)->None:
     path, best = (folder.path / f"checkpoint-{n}" for n in steps)
     if best == path or best.is_dir(): state.best_model_checkpoint = str(best)
     rng = folder.team.gather(rng_state())
-    parts = {name: part.state_dict() for name, part in trainer.parts.items()}
+    parts = states_of(trainer.parts)
     whole = (None, None)
     if trainer.is_fsdp_enabled:
         whole = gather_state(trainer.model, () if a.save_only_model else trainer.optimizer)
     def write():
-        size = predicted_bytes(bare_model(trainer), trainer.optimizer)
+        size = checkpoint_bytes(trainer, rng, parts)
         fill = lambda beside: fill_checkpoint(trainer, beside, rng, parts, whole)
         folder.save(state.global_step, fill, size, a.save_total_limit, state.best_model_checkpoint)
     folder.team.on_main(write)
@@ -169,6 +173,37 @@ def restore_loop(trainer)->None:
     trainer._total_loss_scalar = -loop["loss"].item()
     trainer._globalstep_last_logged = loop["last_logged"]
 
+# %% ../nbs/09c_port.ipynb #c7a0b51e
+def states_of(parts:dict)->dict: return {name: part.state_dict() for name, part in parts.items()}
+
+def checkpoint_bytes(trainer, rng:list, parts:dict, lines:int=0)->int:
+    "What `fill_checkpoint` will write, all of it; `lines` of log are still to come."
+    model, tokenizer = bare_model(trainer), trainer.processing_class
+    scheduler = trainer.lr_scheduler.state_dict() if trainer.lr_scheduler else {}
+    state = packed_bytes(dict(scheduler=scheduler, rng=rng, parts=parts))
+    said = (asdict(trainer.state), trainer.folder.identity, trainer.folder.changes,
+            callback_states(trainer))
+    texts = sum(len(json.dumps(x, indent=2, default=str)) for x in said)
+    own = LOOSE * (1 + len(getattr(model, "peft_config", ())))   # configurations, model cards
+    return (predicted_bytes(model, trainer.optimizer) + state + texts + own
+            + tokenizer_bytes(tokenizer) + LINE * lines)
+
+LOOSE, LINE = 16_384, 1_500   # bytes: small files together; one line of the log
+
+def lines_to_come(args, state)->int: # of the log, in a whole run
+    every = args.logging_steps if args.logging_strategy == "steps" else state.max_steps
+    return math.ceil(state.max_steps / max(1, every)) + math.ceil(state.num_train_epochs)
+
+@functools.lru_cache(maxsize=4)
+def tokenizer_bytes(tokenizer)->int: # of its files; 40 MB where none could be written
+    "Save it once, to know."
+    if tokenizer is None: return 0
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
+    except OSError: return 40_000_000
+
 # %% ../nbs/09c_port.ipynb #7ea1001a
 class RunCallback(TrainerCallback):
     "Watches the loop for its folder: the start, the ends of steps and epochs, the log."
@@ -179,7 +214,8 @@ class RunCallback(TrainerCallback):
         t.stop.stepping = True
         restore_loop(t)
         peak = peak_checkpoints(args, state)
-        size = lambda: predicted_bytes(bare_model(t), t.optimizer)
+        rng = [rng_state()] * args.world_size
+        def size(): return checkpoint_bytes(t, rng, states_of(t.parts), lines_to_come(args, state))
         if peak: t.folder.team.on_main(lambda: t.folder.room(size(), peak))
 
     def on_step_end(self, args, state, control, **_):

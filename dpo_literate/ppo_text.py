@@ -18,6 +18,7 @@ from .checkpoints import (load_optimizer, load_state, load_weights, predicted_by
                                       save_state, save_weights)
 from .align import load_reward, read_prompts, score
 from .logps import head_answers, linear_logps, unwrapped
+from .manifest import RUN_MARKS
 from .models import (load_model, load_tokenizer, model_identity, no_dropout,
                                  write_folder)
 from .plots import COLORS, finish, new_fig
@@ -483,7 +484,8 @@ def main_ppo(
 )->int:                      # 0
     "Train a policy by PPO; write it with a report of what it gained at what KL."
     out, start = Path(args.output), time.perf_counter()
-    if not args.resume: new_folder(out, "choose another --out, or --resume")
+    marks = RUN_MARKS if args.resume else ()
+    new_folder(out, "choose another --out" + ", or --resume" * (not args.resume), marks)
     run = ppo_from(args)
     resume(run, bool(args.resume))
     before = sample_text(run) if not run.done else None

@@ -6,7 +6,7 @@
 __all__ = ['reference_mode', 'ReferenceTable', 'read_in_groups', 'strangers_in_groups', 'ReferenceProbe']
 
 # %% ../nbs/10c_reference_table.ipynb #4ef00005
-import math
+import hashlib, math
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -48,8 +48,13 @@ class ReferenceTable:
         source:str,     # of the numbers, for the run's card
     ):
         self.model, self.step, self.path, self.context = model, step, path, context
-        found = step.team.gather(load_table(path))
+        found = step.team.gather(load_table(path, context))
         self.cached = CachedReference({k: v for t in found for k, v in t.items()}, source)
+
+    def digest(self, rows:list)->str: # SHA-256
+        "The numbers of these rows, in their order: what a checkpoint was trained against."
+        values = [self.cached.table[r.key] for r in rows]
+        return hashlib.sha256(torch.tensor(values, dtype=torch.float64).numpy()).hexdigest()
 
     def lacks(self, groups:list)->bool:
         "Is there a row whose numbers are not known?"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'FIXED', 'CONTRACT', 'Team', 'RunLock', 'Stopped', 'StopSignal', 'append_line', 'tokenizer_hash',
-           'disagreements', 'check_contract', 'RunFolder', 'find_checkpoint']
+           'disagreements', 'as_said', 'check_contract', 'RunFolder', 'find_checkpoint']
 
 # %% ../nbs/09b_run_folder.ipynb #90b00004
 import contextlib, hashlib, json, logging, math, os, shutil, signal, socket, threading
@@ -15,7 +15,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from .checkpoints import (checkpoints, disk_errors, latest, read_manifest, rotate,
                                       set_aside, sweep, write_folder_atomic)
-from .results import Refusal, versions, write_atomic
+from .manifest import RUN_MARKS, leave_strangers
+from .results import Refusal, new_folder, versions, write_atomic
 
 log = logging.getLogger("dpo_literate.run_folder")
 
@@ -135,10 +136,14 @@ def append_line(
         file.write(("\n" * bool(torn) + line + "\n").encode())
 
 # %% ../nbs/09b_run_folder.ipynb #90b00019
-FIXED = ("learning_rate", "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon")
-CONTRACT = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
-            "num_train_epochs", "lr_scheduler_type", "warmup_steps", "max_grad_norm",
-            "bf16", "fp16", *FIXED)
+FIXED = ("learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2",
+         "adam_epsilon")
+CONTRACT = (*FIXED, "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
+            "num_train_epochs", "max_length", "train_sampling_strategy", "dataloader_drop_last",
+            "ignore_data_skip", "accelerator_config", "lr_scheduler_type",
+            "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm", "optim_target_modules",
+            "bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend",
+            "torch_compile_mode", "router_aux_loss_coef")
 
 def tokenizer_hash(
     tokenizer, # or None
@@ -158,6 +163,13 @@ def disagreements(
     keys = sorted(was.keys() | now.keys())
     return {k: (was.get(k), now.get(k)) for k in keys if was.get(k) != now.get(k)}
 
+def as_said(key:str, was, now)->list[str]:
+    "Where two values differ; of two dictionaries only the entries that do."
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return [f"{key} was {was!r} and is {now!r}"]
+    inner = disagreements(was, now).items()
+    return [text for k, two in inner for text in as_said(f"{key}.{k}", *two)]
+
 def check_contract(
     folder:Path,       # the checkpoint to go on from
     identity:dict,     # of the run that wants to
@@ -171,7 +183,7 @@ def check_contract(
         raise Refusal(f"allow_change={wrong[0]!r}: {keys}")
     differs = disagreements(manifest["identity"], identity)
     newer = disagreements(manifest["versions"], versions())
-    fatal = [f"{k} was {a!r} and is {b!r}" for k, (a, b) in differs.items() if k not in allowed]
+    fatal = [t for k, two in differs.items() if k not in allowed for t in as_said(k, *two)]
     if fatal: raise Refusal(f"{folder} cannot be continued: " + "; ".join(fatal), 6)
     for k, (a, b) in newer.items():
         log.warning(f"{folder} was saved with {k} {a}, this is {b}: the last bits may differ")
@@ -193,6 +205,7 @@ class RunFolder:
     def live(self):
         "Locked for the time of a run."
         self.team.on_main(self.lock.take)
+        if self.team.rank == 0: sweep(self.path)
         try: yield self
         finally:
             if self.team.rank == 0: self.lock.release()
@@ -244,6 +257,7 @@ class RunFolder:
     def write_card(self, facts:dict, name:str="run_card.json")->None:
         "What was asked, what was read, what was kept, as JSON."
         if self.team.rank: return
+        leave_strangers(self.path, "name another output_dir")
         write_atomic(self.path / name, json.dumps(facts, indent=1, default=str))
 
     def __repr__(self):
@@ -257,7 +271,8 @@ def find_checkpoint(
     saves:bool=True, # will the run write checkpoints?
 )->Path|None:
     "The checkpoint to go on from; refused where the folder is another run's, or nothing is whole."
-    sweep(out)
+    if resume is True: new_folder(out, "name another output_dir", RUN_MARKS)
+    leave_strangers(out, "name another output_dir")
     known = checkpoints(out)
     inside = resume is True or resume and Path(resume).resolve().parent == out.resolve()
     if known and saves and not inside:

@@ -14,7 +14,8 @@ import filelock, psutil, torch
 from tqdm import tqdm as text_bar
 from tqdm.auto import tqdm
 from .plots import COLORS, finish, new_fig
-from .results import Refusal, bootstrap_interval, to_json, write_atomic
+from dpo_literate.results import (Refusal, bootstrap_interval, new_folder, sweep_parts, to_json,
+    write_atomic)
 
 # %% ../nbs/00c_runs.ipynb #3e6d2c7e
 def digest(
@@ -88,7 +89,7 @@ def only_one(
     except filelock.Timeout:
         raise Refusal(f"{folder.parent}: another run is at work in this folder") from None
     with lock:
-        for left in folder.glob(".*.json.*"): left.unlink(missing_ok=True)   # of a killed write
+        for place in (folder, folder.parent, folder.parent / "adapter"): sweep_parts(place)
         yield
 
 # %% ../nbs/00c_runs.ipynb #7dc68194
@@ -116,6 +117,7 @@ def claim(
     out:str, # where results are to go
 )->Path:     # the same, made and writable
     "Make the output folder and try it, or refuse with the system's reason and exit code 4."
+    new_folder(out, "choose another --out", ("work/*",))
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
         write_atomic(Path(out) / "work" / "here", "").unlink()

@@ -154,9 +154,10 @@ class PreferenceTrainer(TransformersPort, Trainer):
 
     def run_identity(self)->dict:
         "What a resumed run must share with the one it goes on with."
+        table = self.table and self.table.digest(self.rows)   # None: there is none, or not yet
         return dict(data=data_hash(self.rows), layout=[self.args.layout, self.args.capacity],
-                    objective=repr(self.step.objective),
-                    reference=dict(mode=self.mode, **self.start_identity))
+                    objective=repr(self.step.objective), terms=[t.name for t in self.step.terms],
+                    reference=dict(mode=self.mode, table=table, **self.start_identity))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The micro-batches of one optimizer step, laid out, and N."

@@ -256,7 +256,7 @@ def test_a_killed_writer_leaves_a_whole_table_or_none(tmp_path):
         time.sleep(0.017 * wait)
         writer.kill()
         writer.join()
-        table = models.load_table(path)
+        table = models.load_table(path, {})
         assert (
             writer.exitcode == -9
             and len(table) == 20000
@@ -274,7 +274,7 @@ def test_a_harmed_table_is_no_table(tmp_path, harm):
         path.write_bytes(b"junk")
     if harm == "absent":
         path.unlink()
-    assert models.load_table(path) == {}
+    assert models.load_table(path, {}) == {}
 
 
 # ------------------------------------------------------------ what from_pretrained takes

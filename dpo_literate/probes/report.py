@@ -47,7 +47,8 @@ def load_tuned(
     base = adapter_base(name)
     try: model = load_model(base or name)
     except Refusal as why:
-        raise Refusal(f"{name} is an adapter: {why}" if base else str(why)) from None
+        said = f"{name} is an adapter: {why}" if base else str(why)
+        raise Refusal(said, why.code) from None
     if base: model = put_on(model, name)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
