@@ -333,7 +333,7 @@ def run_jobs(
     return cells
 
 # %% ../nbs/13a_frontier_cells.ipynb #5c1d90b2
-CELLS = "report.json", "work/*", "*-*-*-" + "[0-9a-f]" * 16 + ".json"   # what a run leaves first
+CELLS = "report.json", "work/*", "*-*-*-*.json"   # by what a run knows its folder
 
 def main_frontier(
     args:argparse.Namespace, # output, seeds, prompts, perhaps methods, minutes, other settings

@@ -235,7 +235,8 @@ def test_unknown_method_and_too_few_prompts(tiny, tmp_path):
     with pytest.raises(Refusal, match="at least 8"):
         main_frontier(
             argparse.Namespace(
-                prompts=str(tmp_path / "p.txt"), output=str(tmp_path), methods=["sft"], seeds=[0]
+                prompts=str(tmp_path / "p.txt"), output=str(tmp_path / "out"), methods=["sft"],
+                seeds=[0],
             )
         )
 

@@ -112,9 +112,10 @@ MUTANTS = [
            "yield from ((number, part) for part in text.splitlines())",
            "test_preferences.py::test_accepted"),
     Mutant("text is stripped", "preferences",
-           "if isinstance(value, str): return value\n    if isinstance(value, list) and value",
-           "if isinstance(value, str): return value.strip()\n"
-           "    if isinstance(value, list) and value", "test_preferences.py::test_accepted"),
+           "    if isinstance(value, str): return value\n    if isinstance(value, list) and any(",
+           "    if isinstance(value, str): return value.strip()\n"
+           "    if isinstance(value, list) and any(",
+           "test_preferences.py::test_accepted"),
     Mutant("rows share structure with what was given", "preferences",
            "m = dict(m) if flat else without_nulls(m)", "pass",
            "test_preferences.py::test_keys_do_not_collide_and_rows_stay_as_they_were"),
@@ -158,7 +159,7 @@ MUTANTS = [
     Mutant("a reply measured against its own prompt", "objective", "and o.prompt_ids != row.prompt_ids), None)", "), None)", "test_unpaired.py::test_a_neighbour_with_the_same_prompt_is_passed_over", True),
     Mutant("labels turned", "objective", "column(float(r.label) for r", "column(float(not r.label) for r", "test_unpaired.py::test_any_cut_is_the_plain_loop[bco-gpt2]"),
     Mutant("shares of a heap in float32", "departures", ".double() / m", " / m", "test_unpaired.py::test_any_cut_is_the_plain_loop[aot_unpaired-gpt2]"),
-    Mutant("a mean over both labels", "objective", 'counts.get(k.rpartition("/")[2], sums["pairs"])', 'sums["pairs"]', "test_unpaired.py::test_trl_step_by_step[apo_zero_unpaired]"),
+    Mutant("a mean over both labels", "objective", 'counts.get(k.rpartition("/")[2], sums["rows"])', 'sums["rows"]', "test_unpaired.py::test_trl_step_by_step[apo_zero_unpaired]"),
     Mutant("running means lost on resume", "objective", "if self.numbers.running: self.numbers.running.seen = dict(state)", "pass", "test_unpaired.py::test_a_run_goes_on_to_the_bit[bco]"),
     Mutant("the reference not asked again", "trainer", "        if self.probe: self.probe.check(what)", "        pass", "test_trainer.py::test_a_reference_that_moved_stops_the_run_at_its_checkpoint[frozen]"),
     Mutant("a reply that is not there is scored", "packing", "*range(b, b + n - 1)][skip:n]", "*range(b, b + n - 1)]", "test_unpaired.py::test_any_cut_is_the_plain_loop[bco-gpt2]"),
@@ -168,6 +169,73 @@ MUTANTS = [
     Mutant("a bootstrap that never gives the same interval twice", "results", "torch.Generator().manual_seed(seed)\n    index", "None\n    index", "test_results.py::test_bootstrap"),
 ]
 
+
+# Written from the code alone, without a look at the tests, over the modules that the first list
+# leaves out: the share that is caught is a rate, not a guard. `tests` are whole files.
+BLIND = [
+    Mutant("a query sees one key too many", "attention", ".tril(k - q)", ".tril(k - q + 1)", "test_attention.py"),
+    Mutant("query heads beside the wrong key head", "attention", "x.repeat_interleave(shared, 1)", "x.repeat(1, shared, 1, 1)", "test_attention.py"),
+    Mutant("the model's own scale of scores forgotten", "attention", "scale=scaling, dropout_p", "scale=None, dropout_p", "test_attention.py test_packing.py"),
+    Mutant("a window twice as long passes", "attention", "longest > window", "longest > 2 * window", "test_attention.py"),
+    Mutant("k3 with a wrong sign", "ppo", "d.expm1() - d)", "d.expm1() + d)", "test_ppo.py"),
+    Mutant("advantage leaks over the end", "ppo", "advantage) * mask[:, t]", "advantage)", "test_ppo.py"),
+    Mutant("the optimistic side of the clip", "ppo", "torch.maximum(-advantages * ratio", "torch.minimum(-advantages * ratio", "test_ppo.py"),
+    Mutant("the smaller value error", "ppo", "torch.maximum((values - returns)", "torch.minimum((values - returns)", "test_ppo.py"),
+    Mutant("β steered the wrong way", "ppo", "1 + self.rate *", "1 - self.rate *", "test_ppo.py"),
+    Mutant("whitened over the padding", "ppo", "centred = (x - masked_mean(x, mask)) * mask", "centred = (x - x.mean()) * mask", "test_ppo.py"),
+    Mutant("PPO's steered β lost on resume", "ppo_text", "run.control.coef, run.history = found[\"coef\"], found[\"history\"]", "run.history = found[\"history\"]", "test_ppo.py"),
+    Mutant("PPO's chance lost on resume", "ppo_text", "run.generator.set_state(found[\"chance\"])", "pass", "test_ppo.py"),
+    Mutant("scores pushed away from zero", "reward_model", "+ centring * (", "- centring * (", "test_reward_model.py"),
+    Mutant("scores of the two replies exchanged", "reward_model", "2 + reply // B", "3 - reply // B", "test_reward_model.py"),
+    Mutant("the unit of scores not kept", "reward_model", "config.reward_scale = scale * scores.std().item()", "config.reward_scale = scale", "test_reward_model.py"),
+    Mutant("an injected task with the row's own output", "secalign", "if r[\"output\"].strip() != row[\"output\"].strip()]", "if r is not row]", "test_secalign.py"),
+    Mutant("the injected reply preferred", "secalign", "replies = dict(chosen=row[\"output\"].strip(), rejected=other[\"output\"].strip())", "replies = dict(chosen=other[\"output\"].strip(), rejected=row[\"output\"].strip())", "test_secalign.py"),
+    Mutant("a heading may be forged", "secalign", "reserved_tokens(tokenizer), \"##\"}", "reserved_tokens(tokenizer)}", "test_secalign.py"),
+    Mutant("the middle is the start", "secalign", "half = len(words) // 2", "half = 0", "test_secalign.py"),
+    Mutant("new rows are sums", "secalign", "table[ids].mean(0)", "table[ids].sum(0)", "test_secalign.py"),
+    Mutant("only the last letter of a mark goes", "hierarchy", "if found: del out[-len(found):]", "if found: del out[-1:]", "test_hierarchy.py"),
+    Mutant("best of n counted one too few", "frontier", "below**n", "below**(n - 1)", "test_frontier.py"),
+    Mutant("best of n may spend more", "frontier", "(n - 1) / n", "(n - 1) / (n + 1)", "test_frontier.py"),
+    Mutant("the frontier sought at the wrong end", "frontier", "if at(middle).kl > d: low", "if at(middle).kl < d: low", "test_frontier.py"),
+    Mutant("second best against worst", "align", "best, worst = r.index(max(r)), r.index(min(r))", "best, worst = r.index(sorted(r)[-2]), r.index(min(r))", "test_align.py::test_pairs_take_the_best_and_the_worst_and_count_ties"),
+    Mutant("ties count as wins", "align", "(pair == 0) / 2", "(pair == 0)", "test_align.py"),
+    Mutant("Llama's attention_dropout missed", "models", "if \"drop\" in key and isinstance(value, float): setattr", "if key.startswith(\"drop\") and isinstance(value, float): setattr", "test_models.py::test_no_dropout_finds_every_kind_of_it"),
+    Mutant("a frozen reference in training mode", "models", "self.model, self.source, self.scorer = model.eval(), source, scorer", "self.model, self.source, self.scorer = model, source, scorer", "test_survivors.py"),
+    Mutant("an adapter's reference in training mode", "models", "        self.policy.eval()\n", "", "test_survivors.py"),
+    Mutant("a table read in training mode", "models", "model.training\n    model.eval()\n    for batch", "model.training\n    for batch", "test_survivors.py"),
+    Mutant("a reference that stays where it was put", "models", "p.data.copy_(kept[name])", "pass", "test_models.py"),
+    Mutant("the moving reference goes the other share", "models", "own.lerp_(theirs.to(own), alpha)", "own.lerp_(theirs.to(own), 1 - alpha)", "test_models.py"),
+    Mutant("a harmed table is believed", "models", "if _table_sha(keys, values) != sha or", "if", "test_models.py::test_a_harmed_table_is_no_table"),
+    Mutant("a table of another context is believed", "models", "    if said != json.dumps(context, sort_keys=True, default=str): return {}\n", "", "test_contract.py::test_a_table_of_another_context_is_read_again"),
+    Mutant("a chat template may name a path", "models", "    check_template_names(tokenizer, where)\n", "", "test_manifest.py"),
+    Mutant("a shard may lie outside", "models", "if out := [n for n in map(str, named) if not inside(n)]:", "if out := []:", "test_manifest.py"),
+    Mutant("the card's weights not looked at", "models", "    check_files(folder, known_weights(folder), \"model folder\")\n", "", "test_manifest.py"),
+    Mutant("an old checkpoint deleted under its own name", "checkpoints", "os.rename(path, hidden / path.name)", "shutil.rmtree(path)", "test_survivors.py"),
+    Mutant("no fsync in export", "checkpoints", "        fsync(path)\n        goal", "        goal", "test_survivors.py"),
+    Mutant("no fsync of a model folder", "manifest", "    for path in sorted(folder.rglob(\"*\")): fsync(path)\n", "", "test_survivors.py"),
+    Mutant("the oldest goes though the newest is damaged", "checkpoints", "    verify(newest)\n", "", "test_checkpoints.py::test_nothing_goes_while_the_newest_is_damaged"),
+    Mutant("moments rounded to the weights' type", "checkpoints", "and here[key].dtype != value.dtype:", "and False:", "test_checkpoints.py::test_bfloat16_weights_and_float32_moments test_checkpoints.py::test_optimizer_round_trip"),
+    Mutant("names of tensors weigh nothing", "checkpoints", "HEADER = 300", "HEADER = 0", "test_checkpoints.py::test_a_prediction_is_never_too_little_and_within_a_tenth"),
+    Mutant("a moving reference weighs nothing", "port", "dict(scheduler=scheduler, rng=rng, parts=parts)", "dict(scheduler=scheduler, rng=rng)", "test_checkpoints.py::test_a_prediction_is_never_too_little_and_within_a_tenth"),
+    Mutant("a name may lead out", "manifest", "and \"..\" not in path.parts", "", "test_manifest.py test_checkpoints.py::test_manifest_stays_inside"),
+    Mutant("sizes alone compared", "manifest", "if have[\"sha256\"] != want[\"sha256\"]:", "if False:", "test_manifest.py"),
+    Mutant("a card that speaks of other weights meanwhile", "checkpoints", "    note_weights(target, {})\n", "", "test_manifest.py"),
+    Mutant("anybody's folder is ours", "manifest", "if any(next(folder.glob(kind), None) for kind in kinds): new_folder", "if False: new_folder", "test_manifest.py"),
+    Mutant("a live writer is swept", "results", "or (held := hold(path)) is None", "or (held := os.open(path, os.O_RDONLY)) is None", "test_manifest.py"),
+    Mutant("dropout is not part of the contract", "port", "                  dropout=dropout_rates(bare_model(trainer)),\n", "", "test_contract.py"),
+    Mutant("the scheduler's settings are not part of it", "run_folder", "\"lr_scheduler_kwargs\", ", "", "test_contract.py"),
+    Mutant("tables are not bound", "trainer", "mode=self.mode, table=table,", "mode=self.mode,", "test_contract.py"),
+    Mutant("the loss since the last line counted twice", "port", "trainer._total_loss_scalar = -loop[\"loss\"].item()", "trainer._total_loss_scalar = 0.", "test_checkpoints.py::test_continued_to_the_bit"),
+    Mutant("an evaluation in training mode", "step", "    model.eval()\n    try: yield model", "    try: yield model", "test_survivors.py"),
+    Mutant("slots forgotten on resume", "step", "self.slots, self.seen = state[\"slots\"]", "self.slots, self.seen = 0", "test_survivors.py"),
+    Mutant("a reference's key without its autocast", "trainer", "                autocast=[a.bf16, a.fp16], max_length", "                max_length", "test_survivors.py"),
+    Mutant("NFC where NFKC is meant", "audit", "normalize(\"NFKC\"", "normalize(\"NFC\"", "test_preferences.py::test_leakage_in_every_form test_survivors.py"),
+    Mutant("the order of fields makes another pair", "preferences", "+ late, sort_keys=True, default=str)", "+ late, default=str)", "test_survivors.py"),
+    Mutant("the system text in a user's turn", "rows", "prompt = [{\"role\": \"system\", \"content\": system}, *prompt]", "prompt = [{\"role\": \"user\", \"content\": system}, *prompt]", "test_rows.py test_templates.py"),
+    Mutant("z₀ with a gradient", "departures", "(policy_logps - ref_logps).detach().mean()", "(policy_logps - ref_logps).mean()", "test_variants.py test_unpaired.py"),
+    Mutant("Granite's scale the wrong way", "logps", "scale=scale / (getattr(config, \"logits_scaling\", None) or 1.)", "scale=scale * (getattr(config, \"logits_scaling\", None) or 1.)", "test_logps.py test_survivors.py"),
+    Mutant("a held-out prompt trained on", "align", "groups.setdefault(tuple(row.prompt_ids), [])", "groups.setdefault(id(row), [])", "test_align.py::test_hold_out_keeps_prompts_whole"),
+]
 
 def tree(folder, mutant=None):
     "A copy of what the tests need, with the mistake in it; says whether the text to change stands there exactly once."
@@ -182,6 +250,14 @@ def tree(folder, mutant=None):
     return text.count(mutant.old) == 1
 
 
+class Catcher:
+    "Writes down the first test that fails."
+    def __init__(self, path): self.path = path
+    def pytest_runtest_logreport(self, report):
+        if report.failed and not self.path.exists(): self.path.write_text(report.nodeid.removeprefix("tests/"))
+    def pytest_collectreport(self, report): self.pytest_runtest_logreport(report)
+
+
 def in_child(folder, tests):
     "Exit code of the tests in a forked process, whose package is the copy."
     if child := os.fork(): return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -191,44 +267,56 @@ def in_child(folder, tests):
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly", "-o", "addopts=", "-m", "not slow",
-                            *(f"tests/{t}" for t in tests.split())])
+                            *(f"tests/{t}" for t in tests.split())], [Catcher(Path(folder) / "caught.txt")])
     os._exit(int(code))
 
 
 def verdict(mutant):
-    "caught | missed | stale (the text is not there) | error (the tests did not run)."
+    "caught and by which test | missed | stale (the text is not there) | error (the tests did not run)."
     with tempfile.TemporaryDirectory() as folder:
-        if not tree(Path(folder), mutant): return "stale"
-        return {0: "missed", 1: "caught"}.get(in_child(folder, mutant.tests), "error")
+        if not tree(Path(folder), mutant): return "stale", ""
+        said = {0: "missed", 1: "caught"}.get(in_child(folder, mutant.tests), "error")
+        by = Path(folder) / "caught.txt"
+        return said, by.read_text() if by.exists() else ""
+
+
+def chosen(which):
+    "often: a few of the list; all: the list; blind: the other one; or some, named by words in them."
+    if which in ("often", "all"): return [m for m in MUTANTS if m.often or which == "all"]
+    return [m for m in BLIND if which == "blind" or any(w in m.what for w in which.split(","))]
 
 
 def main(which):
     "Print one line of JSON: what became of each mutant, and of the copy without a mistake."
     import datasets, hypothesis, peft, tokenizers, torch, transformers  # noqa: F401  once, before the forks
     torch.set_num_threads(1)
-    chosen = [m for m in MUTANTS if m.often or which == "all"]
-    found = {m.what: verdict(m) for m in chosen}
-    with tempfile.TemporaryDirectory() as folder:
-        tree(Path(folder))
-        tests = " ".join(dict.fromkeys(t for m in chosen for t in m.tests.split()))
-        found["no mistake"] = {0: "green"}.get(in_child(folder, tests), "red")
+    found = {}
+    for m in chosen(which):
+        found[m.what] = verdict(m)
+        print(f"{found[m.what][0]:7s} {m.module}: {m.what}  {found[m.what][1]}", file=sys.stderr, flush=True)
+    tests = " ".join(dict.fromkeys(t for m in chosen(which) for t in m.tests.split()))
+    if which in ("often", "all"):
+        with tempfile.TemporaryDirectory() as folder:
+            tree(Path(folder))
+            found["no mistake"] = {0: "green"}.get(in_child(folder, tests), "red"), ""
     print(json.dumps(found))
 
 
 def tried(which):
     "What became of the mutants, in a fresh process."
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, __file__, which], cwd=tempfile.gettempdir(), env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run([sys.executable, __file__, which], cwd=tempfile.gettempdir(), env=env, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def judge(found):
-    "Print the score; fail on a mutant that lives, and where even the right package is red."
-    right, caught = found.pop("no mistake"), sum(v == "caught" for v in found.values())
+    "Print the score, and which test caught what; fail on a mutant that lives, and where even the right package is red."
+    right, caught = found.pop("no mistake", ("green", ""))[0], sum(v == "caught" for v, _ in found.values())
     print(f"\n{caught} of {len(found)} mutants caught")
+    for what, (said, by) in found.items(): print(f"  {said:7s} {what}: {by}")
     assert right == "green", "the tests are red without any mistake"
-    assert not {what: v for what, v in found.items() if v != "caught"}
+    assert not {what: v for what, (v, _) in found.items() if v != "caught"}
 
 
 def test_a_few_mutants_are_caught(): judge(tried("often"))
@@ -238,14 +326,27 @@ def test_a_few_mutants_are_caught(): judge(tried("often"))
 def test_every_mutant_is_caught(): judge(tried("all"))
 
 
+@pytest.mark.slow
+def test_mistakes_made_without_a_look_at_the_tests_are_caught(): judge(tried("blind"))
+
+
 def test_there_are_enough_and_each_is_one_change():
-    assert len(MUTANTS) >= 40 and sum(m.often for m in MUTANTS) >= 8 and len({m.what for m in MUTANTS}) == len(MUTANTS)
-    assert all(m.old != m.new for m in MUTANTS)
+    every = [*MUTANTS, *BLIND]
+    assert len(MUTANTS) >= 40 and len(BLIND) >= 60 and sum(m.often for m in MUTANTS) >= 8
+    assert len({m.what for m in every}) == len(every) and all(m.old != m.new for m in every)
+    assert len({m.module for m in every}) >= 25
+
+
+@pytest.mark.parametrize("m", [*MUTANTS, *BLIND], ids=lambda m: m.what)
+def test_the_text_to_change_stands_there_once(m):
+    text = (ROOT / "dpo_literate" / f"{m.module}.py").read_text(encoding="utf-8")
+    assert text.count(m.old) == 1, (m.what, text.count(m.old))
 
 
 def test_the_tests_they_name_exist():
-    named = {t for m in MUTANTS for t in m.tests.split() if "::" in t}
-    gone = [t for t in sorted(named) if f"def {t.split('::')[-1].split('[')[0]}(" not in (ROOT / "tests" / t.split("::")[0]).read_text(encoding="utf-8")]
+    named = {t for m in (*MUTANTS, *BLIND) for t in m.tests.split()}
+    gone = [t for t in sorted(named) if f"def {t.split('::')[-1].split('[')[0]}(" not in (ROOT / "tests" / t.split("::")[0]).read_text(encoding="utf-8")
+            and "::" in t]
     assert not gone
 
 
