@@ -97,8 +97,8 @@ def tuning(): return [search_config(name, s, 6, TUNING) for name, grid in GRIDS.
 
 def tested():
     "The arms with the settings that cost least on the tuning worlds."
-    best = {name: min(grid, key=lambda s: cost(
-        made(RUNS, search_config(name, s, 6, TUNING), search_cell))) for name, grid in GRIDS.items()}
+    def tried(name, s): return cost(made(RUNS, search_config(name, s, 6, TUNING), search_cell))
+    best = {name: min(grid, key=lambda s: tried(name, s)) for name, grid in GRIDS.items()}
     every = [(name, s, nats) for name, s in (best | {"best of n": {}}).items() for nats in RARITIES]
     every += [(name, s, 6) for name, s in FIXED.items() if s]
     return [search_config(name, s, nats, WORLDS) for name, s, nats in every]
