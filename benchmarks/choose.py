@@ -80,7 +80,7 @@ def record():
     setup = (f"20 worlds, 3 prompts × 40 replies, {VERDICTS} verdicts, β .5, 15 settings of "
              "learning rate and batch, 100 steps; ")
     def row(claim, values, verdict, note):
-        return claim_row(claim, "arXiv:2305.18290, seed guide", "yes", values.tolist(), verdict,
+        return claim_row(claim, "common advice", "yes", values.tolist(), verdict,
                          setup=setup + note, seeds=len(SEEDS), command=COMMAND)
     save_claims("16_choose", rows := [
         row("DPO seldom ends below the reference", under["DPO"], below(.1), "share of settings"),

@@ -59,7 +59,7 @@ def claims(by):
     steps = [x / 4 for x in doublings(at("step-wise DPO", 10), at("step-wise DPO", 6))]
     def lost(name): return [float(n is None) for n in at(name, 12, .1)]
     return [
-        row("PPO finds it in fewer walks than DPO on trajectories", "arXiv:2305.18290, seed guide",
+        row("PPO finds it in fewer walks than DPO on trajectories", "common advice",
             "PPO for sparse rewards", doublings(at("trajectory DPO"), at("PPO")), above(), unit),
         row("GRPO finds it in fewer walks than DPO on trajectories", "common", "none",
             doublings(at("trajectory DPO"), at("GRPO")), above(), unit),
@@ -71,7 +71,7 @@ def claims(by):
             "1 doubling", growth, above(.25), "doublings a place, L = 6 to 10, p = 0.3"),
         row("each further place costs step-wise DPO less than a quarter of a doubling",
             "arXiv:2406.18629", "none", steps, below(.25), "doublings a place, the same"),
-        row("DPO on trajectories stops before PPO does", "seed guide", "yes",
+        row("DPO on trajectories stops before PPO does", "common advice", "yes",
             [a - b for a, b in zip(lost("trajectory DPO"), lost("PPO"))], above(),
             "difference in the share not found at L = 12, p = 0.1, within 16,384 walks"),
     ]
