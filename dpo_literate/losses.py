@@ -88,15 +88,16 @@ DIVERGENCE = dict(f_divergence_type="reverse_kl", f_alpha_divergence_coef=.5)
 # %% ../nbs/04_losses.ipynb #7a956002
 def divergence_score(
     logratio:Tensor,                   # u = log π_θ − log π_ref (nat)
-    f_divergence_type:str="reverse_kl",# or forward_kl, js_divergence, alpha_divergence
+    f_divergence_type:str="reverse_kl",# or forward_kl, js_, alpha_divergence, chi_squared
     f_alpha_divergence_coef:float=.5,  # α of alpha_divergence
 )->Tensor:                             # φ(u), same shape
-    "What an f-divergence makes of a log-ratio (arXiv:2309.16240)."
+    "What an f-divergence makes of a log-ratio (arXiv:2309.16240; χ²: 2407.13399)."
     kind = f_divergence_type
     if kind == "js_divergence": return math.log(2) + F.logsigmoid(logratio)
+    if kind == "chi_squared": return logratio + capped_expm1(logratio)
     alphas = dict(reverse_kl=1., forward_kl=0., alpha_divergence=f_alpha_divergence_coef)
     if kind not in alphas: raise Refusal(f"f_divergence_type={kind!r}: use reverse_kl, forward_kl, "
-                                         "js_divergence or alpha_divergence")
+                                         "js_divergence, alpha_divergence or chi_squared")
     power = alphas[kind] - 1
     return logratio if abs(power) < 1e-6 else capped_expm1(power * logratio) / power
 

@@ -16,7 +16,7 @@ from dpo_literate.losses import INPUTS, LOSSES, all_losses, divergence_score, dp
 from dpo_literate.results import Refusal
 
 NAMES = sorted(all_losses())
-DIVERGENCES = ("forward_kl", "js_divergence", "alpha_divergence")
+DIVERGENCES = ("forward_kl", "js_divergence", "alpha_divergence", "chi_squared")
 nats = st.floats(-200, 200, allow_nan=False)
 four = st.tuples(nats, nats, nats, nats)
 
@@ -212,6 +212,7 @@ def test_scores_by_the_book(u, alpha):
     assert score("forward_kl") == pytest.approx(1 - math.exp(-u), **close)
     js = math.log(2 / (1 + math.exp(-u)))
     assert score("js_divergence") == pytest.approx(js, rel=1e-9, abs=1e-12)
+    assert score("chi_squared") == pytest.approx(u + math.expm1(u), **close)
 
 
 def test_unknown_divergences_and_losses_without_one_are_refused():
