@@ -1,8 +1,11 @@
 """The drift of preferences beyond its page: official values, batches, odd inputs, the baselines."""
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from scipy import stats
 from torch.nn.functional import normalize
 
 from dpo_literate import one_step
@@ -15,7 +18,7 @@ from dpo_literate.one_step import (METHODS, Encoder, Generator, Scene, align, co
                                    drawn_emoji,
                                    in_sets, load_emoji, measure, new_source, raw_features,
                                    sample_rows, stage_features, word_logps, word_rank)
-from dpo_literate.results import Refusal
+from dpo_literate.results import Refusal, claim_problems
 
 
 def wave(n, rate, shift=0., f=torch.sin):
@@ -317,3 +320,60 @@ def test_features():
 def test_no_data_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(one_step, "data_dir", lambda: tmp_path)
     with pytest.raises(Refusal, match="no emoji32"): load_emoji()
+
+
+# the recorded run
+
+@pytest.fixture(scope="module")
+def bench():
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "drpo.py"
+    spec = importlib.util.spec_from_file_location("drpo_bench", path)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def invented(bench, seeds=5):
+    "Cells with numbers that nobody measured."
+    def values(config):
+        if config["arm"] == "clock":
+            return {f"{k} {w[0]}": dict(forward=1., backward=2. + config["seed"] * (k != "DrPO"))
+                    for k in ("DrPO", "gradient", "gradient, recomputed")
+                    for w in bench.HEAVY["widths"]}
+        draw = torch.Generator().manual_seed(len(config["arm"]) * 10 + config["seed"])
+        return {k: torch.rand((), generator=draw).item()
+                for k in ("reward", "judge", "colour", "size", "rank", "spread")}
+    return [dict(config=c, values=values(c), seconds=1.) for c in bench.configs(range(seeds))]
+
+
+def test_every_cell_has_a_name_of_its_own(bench):
+    names = [bench.digest(c) for c in bench.configs(range(5))]
+    assert len(names) == len(set(names)) == 5 * (len(bench.ARMS) + 2)
+    assert set(bench.SHOWN) <= set(bench.ARMS)
+
+
+def test_claims_are_paired_by_seed_and_in_order(bench):
+    cells = invented(bench)
+    rows = [bench.row(cells, *claim) for claim in bench.claims(cells[::-1])]
+    assert claim_problems(rows) == [] and {len(r["seeds"]) for r in rows} == {5}
+    of = lambda arm: [c["values"]["reward"] for c in cells if c["config"]["arm"] == arm]
+    paired = stats.ttest_rel(of("DrPO"), of("DPO"))
+    row = next(r for r in rows if "one-step DPO" in r["claim"])
+    low, high = paired.confidence_interval()
+    assert abs(row["low"] - low) < 1e-9 and abs(row["high"] - high) < 1e-9
+    assert row["verdict"] == ("held" if low > 0 else "did not hold" if high < 0
+                              else "too small to tell")
+
+
+def test_ratio_of_seconds(bench):
+    cells = invented(bench)
+    assert bench.ratio(cells, "gradient", bench.HEAVY["widths"][-1][0]) == [
+        (3 + seed) / 3 for seed in range(5)]
+
+
+def test_settings_change_what_the_arm_says(bench):
+    found = bench.settings(dict(weight=10., floor=0., masked="all", lambda_ref=1.))
+    assert found.lambda_ref == 1. and found.preference.masked == "all"
+    assert found.reference.masked == "negatives"
+    assert found.preference.positive == found.reference.negative == 10.
+    assert found.preference.floor == found.reference.floor == 0.
+    assert bench.settings({}) == PUBLISHED["ViT-MAE"]
