@@ -277,7 +277,7 @@ def plot_reward(
     edges = torch.linspace(both.min(), both.max(), 25)
     for side, x in (("chosen", chosen), ("rejected", rejected)):
         left.hist(x, edges, color=COLORS[side], alpha=.6, label=side)
-    left.set(xlabel="score (log-odds)", ylabel="replies", title=title or "Scores overlap")
+    left.set(xlabel="score (log-odds)", ylabel="replies", title=title or "Scores")
     left.legend()
     c = calibration(chosen, rejected)
     noise = [2 * math.sqrt(s * (1 - s) / n) for s, n in zip(c.said, c.n)]
