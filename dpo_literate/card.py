@@ -58,9 +58,11 @@ def card_data(
     name = " ".join(facts.name.split()) or "model"
     found = [EvalResult(task_type="text-generation", dataset_type="preference", metric_type=r.name,
                         dataset_name=r.on or "pairs", metric_value=r.value) for r in facts.results]
+    where = hub_name(facts.data) if facts.data else None
     return ModelCardData(
         base_model=hub_name(facts.base), library_name="peft" if facts.adapter else "transformers",
-        pipeline_tag="text-generation", tags=["dpo", "dpo-literate", *facts.tags],
+        pipeline_tag="text-generation", tags=[*dict.fromkeys(("dpo", "dpo-literate", *facts.tags))],
+        datasets=[where] if where else None,
         model_name=name if found else None, eval_results=found or None)
 
 # %% ../nbs/09f_card.ipynb #f6ce6bd5

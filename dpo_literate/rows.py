@@ -46,6 +46,9 @@ class Row:
         longer = max(len(self.chosen_ids), len(self.rejected_ids))
         return len(self.prompt_ids) + longer
 
+    def __getitem__(self, name:str): # by TRL's names of columns
+        return getattr(self, "chosen_ids" if name == "completion_ids" else name)
+
 # %% ../nbs/06_rows.ipynb #06000003
 _NUMBERS = []
 

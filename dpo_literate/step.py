@@ -103,7 +103,7 @@ class Meter:
     def __init__(self,
         team:Team=Team(), # whose rows are counted together
     ):
-        self.team, self.seen = team, 0
+        self.team, self.seen, self.texts = team, 0, 0
         self.clear()
 
     def clear(self)->None:
@@ -113,10 +113,15 @@ class Meter:
     def add(self, sums:dict)->None: # name -> sum over the rows of a piece
         self.sums |= {k: v + self.sums.get(k, 0.) for k, v in sums.items()}
 
-    def count(self, tokens:int, slots:int)->None: # tokens read, positions computed
+    def count(self,
+        tokens:int,  # read: a prompt that two replies share counts once
+        slots:int,   # positions computed, padding too
+        texts:int=0, # tokens of the texts: each reply behind its own copy of the prompt
+    )->None:
+        "Note what a step has read."
         self.since = self.since or time.perf_counter()
         self.tokens, self.slots = self.tokens + tokens, self.slots + slots
-        self.seen += tokens
+        self.seen, self.texts = self.seen + tokens, self.texts + texts
 
     @contextlib.contextmanager
     def paused(self):
@@ -130,18 +135,20 @@ class Meter:
         if not self.sums: return {}
         seconds = time.perf_counter() - self.since
         means = as_means(dict(zip(self.sums, self.team.sum(list(self.sums.values())))))
-        means |= dict(num_tokens=self.seen, padding_share=1 - self.tokens / self.slots,
+        means |= dict(num_tokens=self.texts, tokens_read=self.seen,
+                      padding_share=1 - self.tokens / self.slots,
                       tokens_per_second=self.tokens / seconds)
         self.clear()
         return means
 
     def state_dict(self)->dict:
-        return dict(sums=self.sums, tokens=self.tokens, slots=self.slots, seen=self.seen)
+        return dict(sums=self.sums, tokens=self.tokens, slots=self.slots, seen=self.seen,
+                    texts=self.texts)
 
     def load_state_dict(self, state:dict)->None:
         self.clear()
         self.sums, self.tokens = dict(state["sums"]), state["tokens"]
-        self.slots, self.seen = state["slots"], state["seen"]
+        self.slots, self.seen, self.texts = state["slots"], state["seen"], state["texts"]
         self.since = time.perf_counter()
 
     def __repr__(self): return f"Meter({len(self.sums)} sums, {self.seen} tokens seen)"
@@ -199,8 +206,8 @@ class PreferenceStep:
         micro = [self.team.same_number(self.layout(rows), lambda: self.layout([filler(rows[0])]))
                  for rows in micro_rows]
         pieces = [piece for some in micro for piece in some]
-        n, tokens, slots = self.team.sum(sizes(pieces))
-        self.meter.count(int(tokens), int(slots))
+        n, *counts = self.team.sum(sizes(pieces))
+        self.meter.count(*map(int, counts))
         self.row_losses, self.whole = [], None
         tell(self.terms, "begin", self.number)
         if pieces and self.objective.numbers.baseline: read_step_z0(self, model, micro_rows)
@@ -253,10 +260,16 @@ def filler(row):
     "A row like this one that stands for no pair of the data."
     return dataclasses.replace(row, filler=True)
 
-def sizes(pieces:list)->list: # rows that count, tokens read, positions computed
-    rows = sum(not is_filler(r) for piece in pieces for r in piece.rows)
+def sizes(pieces:list)->list: # rows that count, tokens read, positions computed, tokens of texts
+    rows = [r for piece in pieces for r in piece.rows if not is_filler(r)]
     tokens = sum(int((piece.segment_ids > 0).sum()) for piece in pieces)
-    return [rows, tokens, sum(piece.segment_ids.numel() for piece in pieces)]
+    slots = sum(piece.segment_ids.numel() for piece in pieces)
+    return [len(rows), tokens, slots, sum(map(text_tokens, rows))]
+
+def text_tokens(row)->int: # of a row's replies, each behind its own copy of the prompt
+    sides = [getattr(row, f"{side}_ids", ()) or () for side in ("chosen", "rejected")]
+    prompt = len(getattr(row, "prompt_ids", ()))
+    return sum(prompt + len(ids) for ids in sides if ids)
 
 def in_groups(rows:list, size:int)->list: # of lists of rows
     return [rows[k:k + size] for k in range(0, len(rows), size)]

@@ -259,7 +259,7 @@ def test_capacity_smaller_than_a_pair(tmp_path):
 
 def test_arguments_that_have_no_place(tmp_path):
     model = tiny_model()
-    for given, word in ((dict(data_collator=print), "layout"), (dict(compute_metrics=print), "eval_"), (dict(ref_model="gpt2"), "load_model"), (dict(ref_model=model), "shares"), (dict(ref_model=copy.copy(model)), "shares")):
+    for given, word in ((dict(data_collator=print), "layout"), (dict(ref_model="gpt2"), "load_model"), (dict(ref_model=model), "shares"), (dict(ref_model=copy.copy(model)), "shares")):
         with pytest.raises(Refusal, match=word): DPOTrainer(model, args=config(tmp_path / "x"), train_dataset=PAIRS, processing_class=TOKENIZER, **given)
     half = copy.deepcopy(model); half.lm_head.weight = model.lm_head.weight
     with pytest.raises(Refusal, match="lm_head.weight"): trainer(tmp_path / "x", model, ref_model=half)
@@ -546,12 +546,12 @@ def test_early_stopping_by_name(tmp_path):
 def test_counts_of_tokens(tmp_path):
     rows, _ = encode_pairs(PAIRS, TOKENIZER)
     once = sum(len(r.prompt_ids) + len(r.chosen_ids) + len(r.rejected_ids) for r in rows)
-    t = train(tmp_path / "packed", num_train_epochs=2)
-    assert lines(t)[-1]["num_tokens"] == 2 * once and lines(t)[-1]["padding_share"] == 0 and lines(t)[-1]["tokens_per_second"] > 0
-    p = train(tmp_path / "padded", layout="padded", per_device_train_batch_size=7)
     twice = once + sum(len(r.prompt_ids) for r in rows)
+    t = train(tmp_path / "packed", num_train_epochs=2)
+    assert (lines(t)[-1]["tokens_read"], lines(t)[-1]["num_tokens"]) == (2 * once, 2 * twice) and lines(t)[-1]["padding_share"] == 0 and lines(t)[-1]["tokens_per_second"] > 0
+    p = train(tmp_path / "padded", layout="padded", per_device_train_batch_size=7)
     widest = max(len(r) for r in rows)
-    assert lines(p)[0]["num_tokens"] == twice and lines(p)[0]["padding_share"] == pytest.approx(1 - twice / (14 * widest))
+    assert lines(p)[0]["num_tokens"] == lines(p)[0]["tokens_read"] == twice and lines(p)[0]["padding_share"] == pytest.approx(1 - twice / (14 * widest))
 
 
 def test_few_questions_to_the_device(tmp_path, monkeypatch):
