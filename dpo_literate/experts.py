@@ -76,6 +76,7 @@ class RouterBalance:
 def balance_of(
     model,                        # the policy
     coefficient:float|None=None,  # None: that of the model's config
+    layout:str="packed",          # of the run
 )->list:                          # of terms, none for a dense model
     "The term that a model's routers ask for."
     config = unwrapped(model).config.get_text_config()
@@ -84,4 +85,9 @@ def balance_of(
         raise Refusal(f"router_aux_loss_coef={coefficient}: {type(unwrapped(model)).__name__} has "
                       "no routers: leave it out")
     if coefficient is None: coefficient = getattr(config, "router_aux_loss_coef", 0.) or 0.
-    return [RouterBalance(coefficient, model)] if mixed and coefficient else []
+    if not (mixed and coefficient): return []
+    if layout == "shared":
+        raise Refusal("layout='shared' reads a reply once for several pairs, and the balance of "
+                      "experts counts it once for each: use layout='packed', or set "
+                      "router_aux_loss_coef=0")
+    return [RouterBalance(coefficient, model)]

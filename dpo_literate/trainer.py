@@ -416,12 +416,13 @@ class DPOTrainer(PreferenceTrainer):
         check_policy(policy, ref_model)
         check_ids(rows, policy)
         if args.disable_dropout: no_dropout(policy)
+        balance = balance_of(policy, args.router_aux_loss_coef, args.layout)
         objective = objective_of(args)
         scorer = Scorer(extras_of(objective) + TOKEN_EXTRAS * args.token_metrics)
         super().__init__(policy, args, rows, objective, scorer, evals, tokenizer, ref_model,
                          reference_mode(args, policy, ref_model), counts, notes,
                          start_tolerance=start_tolerance(args),
-                         terms=(*terms, *balance_of(policy, args.router_aux_loss_coef)),
+                         terms=(*terms, *balance),
                          callbacks=callbacks, optimizers=optimizers,
                          compute_metrics=compute_metrics)
         if self.sharded and self.mode in ("moving", "frozen", "adapter"):

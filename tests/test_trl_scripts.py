@@ -12,6 +12,7 @@ from peft import (IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, Vera
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_literate import trl as ours
+from dpo_literate.inputs import prepare_rows
 from dpo_literate.losses import all_losses
 from dpo_literate.models import tiny_model
 from dpo_literate.results import Refusal
@@ -19,7 +20,8 @@ from dpo_literate.rows import tiny_tokenizer
 from dpo_literate.settings import ON_PURPOSE, REFUSED, UNNEEDED
 from dpo_literate.trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
-TEXT = [dict(prompt=f"the {c} cat", chosen=f" sat on the {c} mat", rejected=" and the dog" * (1 + i % 2))
+TEXT = [dict(prompt=f"the {c} cat", chosen=f" sat on the {c} mat",
+             rejected=" and the dog" * (1 + i % 2))
         for i, c in enumerate(("red", "blue", "green", "grey"))]
 QUIET = dict(use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, bf16=False,
              save_strategy="no", per_device_train_batch_size=4, learning_rate=1e-3,
@@ -156,8 +158,9 @@ def a_reference_that_follows(kit):
 
 @script
 def several_losses(kit):
-    t = kit.train(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[.8, .2, 1.])
-    assert (t.beta, t.loss_types, t.loss_weights) == (.1, ["sigmoid", "bco_pair", "sft"], [.8, .2, 1.])
+    names, weights = ["sigmoid", "bco_pair", "sft"], [.8, .2, 1.]
+    t = kit.train(loss_type=names, loss_weights=weights)
+    assert (t.beta, t.loss_types, t.loss_weights) == (.1, names, weights)
 
 @script
 def a_divergence(kit): kit.train(f_divergence_type="js_divergence")
@@ -176,8 +179,9 @@ def two_evaluation_sets(kit):
 
 @script
 def best_by_the_accuracy_of_tokens(kit):
-    t = kit.train(eval_dataset=Dataset.from_list(TEXT), eval_strategy="epoch", save_strategy="epoch",
-                  load_best_model_at_end=True, metric_for_best_model="eval_mean_token_accuracy")
+    t = kit.train(eval_dataset=Dataset.from_list(TEXT), eval_strategy="epoch",
+                  save_strategy="epoch", load_best_model_at_end=True,
+                  metric_for_best_model="eval_mean_token_accuracy")
     assert "eval_mean_token_accuracy" in said(t) and t.state.best_metric is not None
 
 @script
@@ -227,8 +231,12 @@ def the_end_cut_off(kit):
 @script
 def the_collator_of_trl(kit):
     trainer = pytest.importorskip("trl.trainer.dpo_trainer")
-    t = kit.train(data_collator=trainer.DataCollatorForPreference(pad_token_id=0, max_length=7))
-    assert max(map(len, t.train_dataset)) == 7
+    plain = kit.trainer().train_dataset
+    longest = max(map(len, plain))
+    cut = trainer.DataCollatorForPreference(pad_token_id=0, max_length=longest - 1)
+    t = kit.train(data_collator=cut)
+    assert max(map(len, t.train_dataset)) == longest - 1
+    assert t.train_dataset["prompt_ids"] == plain["prompt_ids"]
 
 @script
 def a_stream(kit):
@@ -253,12 +261,14 @@ def a_run_gone_on_with(kit):
 def a_look_at_the_rows(kit):
     rows = kit.trainer().train_dataset
     assert rows.column_names == ["prompt_ids", "chosen_ids", "rejected_ids"]
-    assert rows[0]["chosen_ids"] == rows["chosen_ids"][0] and "cat" in tokenizer().decode(rows[0]["prompt_ids"])
+    assert rows[0]["chosen_ids"] == rows["chosen_ids"][0]
+    assert "cat" in tokenizer().decode(rows[0]["prompt_ids"])
 
 @script
 def a_look_at_a_batch(kit):
     batch = next(iter(kit.trainer().get_train_dataloader()))
-    assert batch["input_ids"].shape == batch["completion_mask"].shape and len(batch["input_ids"]) == 8
+    assert batch["input_ids"].shape == batch["completion_mask"].shape
+    assert len(batch["input_ids"]) == 8
 
 @script
 def a_card_with_tags(kit):
@@ -276,19 +286,22 @@ def saved_and_loaded(kit):
 @script
 def keys_of_the_log(kit):
     t = kit.train(token_metrics=True)
-    assert {"loss", "grad_norm", "learning_rate", "num_tokens", "rewards/chosen", "rewards/rejected",
-            "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "entropy",
-            "mean_token_accuracy"} <= said(t)
+    assert {"loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy",
+            "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+            "logps/chosen", "logps/rejected"} <= said(t)
 
 @script
 def tokens_counted_as_there(kit):
     t = kit.train(num_train_epochs=1)
-    whole = sum(len(r[k]) + len(r["prompt_ids"]) for r in t.train_dataset for k in ("chosen_ids", "rejected_ids"))
+    sides = ("chosen_ids", "rejected_ids")
+    whole = sum(len(r[k]) + len(r["prompt_ids"]) for r in t.train_dataset for k in sides)
     line = t.state.log_history[0]
     assert line["num_tokens"] == whole > line["tokens_read"]
 
 @script
-def a_padding_token(kit): assert kit.trainer(pad_token="<unk>").processing_class.pad_token == "<unk>"
+def a_padding_token(kit):
+    other = tokenizer().convert_ids_to_tokens(7)
+    assert kit.trainer(pad_token=other).processing_class.pad_token == other != tokenizer().pad_token
 
 @script
 def how_a_model_is_loaded(kit):
@@ -302,9 +315,11 @@ def experts_in_balance(kit):
 
 @script
 def labelled_replies(kit):
-    rows = [dict(prompt=r["prompt"], completion=r["chosen"], label=i % 2 > 0) for i, r in enumerate(TEXT)]
+    rows = [dict(prompt=r["prompt"], completion=r["chosen"], label=i % 2 > 0)
+            for i, r in enumerate(TEXT)]
     t = kit.train(rows, kto=True)
-    assert "kl" in said(t) and t.train_dataset.column_names == ["prompt_ids", "completion_ids", "label"]
+    assert "kl" in said(t)
+    assert t.train_dataset.column_names == ["prompt_ids", "completion_ids", "label"]
 
 @script
 def pairs_for_kto(kit):
@@ -341,7 +356,8 @@ def frozen(): return tiny_model().float().requires_grad_(False)
 def with_adapter(): return get_peft_model(tiny_model().float(), LORA)
 
 REMEDIES = { # what is refused -> with what words -> what they say to do
-    "control tokens": (dict(data=ENDS), "set control_text='text'", dict(data=ENDS, control_text="text")),
+    "control tokens": (dict(data=ENDS), "set control_text='text'",
+                       dict(data=ENDS, control_text="text")),
     "ties": (dict(data=TIES), r"set allow=\['tie'\]", dict(data=TIES, allow=["tie"])),
     "equal replies": (dict(data=EQUAL, identical="refuse"), "identical.?drop|identical='drop'",
                       dict(data=EQUAL, identical="drop")),
@@ -350,31 +366,39 @@ REMEDIES = { # what is refused -> with what words -> what they say to do
     "a setting of another loss": (dict(discopop_tau=.1), "choose a loss that has it",
                                   dict(discopop_tau=.1, loss_type="discopop")),
     "noise": (dict(neftune_noise_alpha=5.), "leave it unset", {}),
-    "smoothed labels": (dict(label_smoothing_factor=.1), "set label_smoothing", dict(label_smoothing=.1)),
+    "smoothed labels": (dict(label_smoothing_factor=.1), "set label_smoothing",
+                        dict(label_smoothing=.1)),
     "a reference that moves, read before": (
-        dict(sync_ref_model=True, precompute_ref_log_probs=True), "leave precompute_ref_log_probs unset",
-        dict(sync_ref_model=True)),
+        dict(sync_ref_model=True, precompute_ref_log_probs=True),
+        "leave precompute_ref_log_probs unset", dict(sync_ref_model=True)),
     "steps of a reference that rests": (dict(ref_model_sync_steps=1), "without sync_ref_model=True",
                                         dict(ref_model_sync_steps=1, sync_ref_model=True)),
-    "pairs' loss for KTO": (dict(kto=True, loss_type="sigmoid"), "use DPOConfig", dict(loss_type="sigmoid")),
+    "pairs' loss for KTO": (dict(kto=True, loss_type="sigmoid"), "use DPOConfig",
+                            dict(loss_type="sigmoid")),
     "a method never called": (dict(cls=Own), "take compute_loss out", {}),
     "an unknown padding token": (dict(pad_token="<x>"), "leave it unset", {}),
     "routers of a dense model": (dict(router_aux_loss_coef=.1), "leave it out", {}),
     "code of the model": (dict(trust_remote_code=True), "never run", {}),
-    "a step of one": (dict(kto=True, per_device_train_batch_size=1), "raise per_device_train_batch_size",
-                      dict(kto=True, per_device_train_batch_size=2)),
+    "a step of one": (
+        dict(kto=True, per_device_train_batch_size=1), "raise per_device_train_batch_size",
+        dict(kto=True, per_device_train_batch_size=2)),
     "two adapters": (dict(model=with_adapter, peft_config=LORA), "leave peft_config out",
                      dict(model=with_adapter)),
     "margins nobody reads": (dict(data=HEAVY, loss_type="ipo_sum"), "take the column out",
                              dict(data=TEXT, loss_type="ipo_sum")),
     "best by logits": (dict(metric_for_best_model="eval_logits/chosen"), "eval_rewards/margins",
                        dict(metric_for_best_model="eval_rewards/margins")),
-    "nothing to train": (dict(model=frozen), "pass peft_config", dict(model=frozen, peft_config=LORA)),
+    "nothing to train": (dict(model=frozen), "pass peft_config",
+                         dict(model=frozen, peft_config=LORA)),
+    "experts in shared rows": (dict(model=experts, layout="shared"), "use layout='packed'",
+                               dict(model=experts, layout="packed")),
     "a collator of another kind": (dict(data_collator=len), "leave it out", {}),
     "loading what is loaded": (dict(model_init_kwargs=dict(dtype="float32")), "by name",
                                dict(model_init_kwargs=dict(dtype="float32"), model="by name")),
-    "a weight too many": (dict(loss_weights=[1., 2.]), "2 numbers for 1 losses", dict(loss_weights=[1.])),
-    "a second reference": (dict(ref_model="a name"), "load it with load_model", dict(ref_model=None))}
+    "a weight too many": (dict(loss_weights=[1., 2.]), "2 numbers for 1 losses",
+                          dict(loss_weights=[1.])),
+    "a second reference": (dict(ref_model="a name"), "load it with load_model",
+                           dict(ref_model=tiny_model().float()))}
 
 
 def put(kit, given):
@@ -404,8 +428,10 @@ def test_a_command_and_the_trainer_refuse_the_same_rows(tmp_path):
     from dpo_literate.audit import take_preferences
     for rows in (ENDS, TIES):
         with pytest.raises(Refusal) as there: take_preferences(rows)
-        with pytest.raises(Refusal) as here: Kit(tmp_path).trainer(rows)
-        assert str(there.value).split("; take")[0].partition(": ")[2] == str(here.value).split("; take")[0].partition(": ")[2]
+        args = DPOConfig(str(tmp_path), **QUIET)
+        with pytest.raises(Refusal) as here: prepare_rows(rows, tokenizer(), args)
+        told = [str(no.value).split("; take")[0] for no in (here, there)]
+        assert told[0] == told[1] and "×" in told[0]
 
 
 def test_differences_on_purpose_have_reasons():
@@ -419,13 +445,14 @@ KINDS = ("qwen2", "qwen3", "gpt2", "gemma2", "experts")   # beside llama, which 
 ADAPTERS = {
     "lora": LORA, "dora": LoraConfig(r=4, target_modules=["q_proj"], use_dora=True),
     "rslora": LoraConfig(r=4, target_modules=["q_proj"], use_rslora=True),
-    "loha": LoHaConfig(r=4, target_modules=["q_proj"]), "lokr": LoKrConfig(r=4, target_modules=["q_proj"]),
+    "loha": LoHaConfig(r=4, target_modules=["q_proj"]),
+    "lokr": LoKrConfig(r=4, target_modules=["q_proj"]),
     "vera": VeraConfig(r=4, target_modules=["q_proj"]),
     "oft": OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj"]),
     "ia3": IA3Config(target_modules=["k_proj"], feedforward_modules=[])}
 WANTS = dict(exo_pair=dict(label_smoothing=.1), robust=dict(label_smoothing=.1))
-THEIRS = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-          "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
+THEIRS = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
+          "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
 OURS_TOO = [n for n in THEIRS if n in all_losses()]
 
 
@@ -434,8 +461,9 @@ def weights_after_three_steps(package, path, model, lr=.1, peft_config=None, **g
     args = package.DPOConfig(str(path), **QUIET | dict(
         per_device_train_batch_size=8, num_train_epochs=3, optim="sgd", learning_rate=lr,
         max_grad_norm=0., lr_scheduler_type="constant", gradient_checkpointing=False) | given)
-    t = package.DPOTrainer(copy.deepcopy(model), args=args, train_dataset=Dataset.from_list(list(chats())),
-                           processing_class=tokenizer(), peft_config=copy.deepcopy(peft_config))
+    t = package.DPOTrainer(
+        copy.deepcopy(model), args=args, train_dataset=Dataset.from_list(list(chats())),
+        processing_class=tokenizer(), peft_config=copy.deepcopy(peft_config))
     t.remove_callback(transformers.PrinterCallback)
     start = {n: p.detach().clone() for n, p in t.model.named_parameters() if p.requires_grad}
     t.train()
@@ -444,6 +472,8 @@ def weights_after_three_steps(package, path, model, lr=.1, peft_config=None, **g
 
 def agree(tmp_path, model, **given):
     trl = pytest.importorskip("trl")
+    model.save_pretrained(tmp_path / "model")   # TRL loads its reference by the model's name
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     start, here = weights_after_three_steps(ours, tmp_path / "ours", model, **given)
     _, there = weights_after_three_steps(trl, tmp_path / "theirs", model, **given)
     gaps = [(here[n] - there[n]).abs().max().item() for n in start]
@@ -473,4 +503,5 @@ def test_an_adapter_walks_the_same_way(tmp_path, kind):
     dict(use_weighting=True), dict(ld_alpha=.5), dict(f_divergence_type="forward_kl"),
     dict(f_divergence_type="alpha_divergence"), dict(sync_ref_model=True, ref_model_sync_steps=2)],
     ids=["wpo", "ld", "forward KL", "alpha", "TR-DPO"])
-def test_a_setting_walks_the_same_way(tmp_path, given): agree(tmp_path, tiny_model().float(), **given)
+def test_a_setting_walks_the_same_way(tmp_path, given):
+    agree(tmp_path, tiny_model().float(), **given)
