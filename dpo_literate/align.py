@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADAPTER', 'shipped_prompts', 'prompt_of', 'read_prompts', 'split_prompts', 'vader', 'version_of_vader', 'load_reward',
            'score', 'best_against_worst', 'distinct', 'variety', 'compare', 'AlignConfig', 'Bar', 'train_adapter',
-           'Run', 'begin', 'align', 'hold_out', 'mean_reward', 'training_line', 'headline']
+           'Run', 'begin', 'own_pairs', 'align', 'hold_out', 'mean_reward', 'training_line', 'headline']
 
 # %% ../nbs/11_align.ipynb #881eb532
 import contextlib, functools, gc, hashlib, importlib, importlib.metadata, inspect, io, json, math
@@ -19,7 +19,8 @@ from .manifest import fault_of, read_manifest
 from .audit import check_preferences
 from .models import load_model, load_tokenizer, weights_hash
 from .preferences import as_chat, parse_json, text_of
-from .reading import load_preferences, read_lines
+from .layouts import columns_of
+from .reading import load_preferences, read_lines, read_preferences
 from .results import (Refusal, bootstrap_interval, device_name, to_json, versions,
                                   write_atomic)
 from .rows import Row, encode_pairs
@@ -327,6 +328,9 @@ class AlignConfig:
     model:str="bundled"       # "bundled", a folder, or a hub name
     prompts:str|None=None     # a file of prompts; None: those of this page
     pairs:str|None=None       # a file of pairs; None: pairs are sampled and ranked
+    split:str|None=None       # which split of that file, where there are several
+    columns:dict|None=None    # our names = yours: prompt=question chosen=better
+    repeats:str="take_off"    # replies that begin with their prompt: take_off or keep
     reward:str="vader"        # "vader", or module:function
     out:str="runs/demo"       # folder of the report
     beta:float=.1             # strength of the tie to the reference, > 0
@@ -451,12 +455,20 @@ def begin(config:AlignConfig)->Run:
     check_settings(config)
     train, held, counts = split_prompts(config.prompts)
     reward = load_reward(config.reward)
-    pairs = load_preferences(config.pairs) if config.pairs else None
+    pairs = own_pairs(config) if config.pairs else None
     tokenizer, model = load_tokenizer(config.model), load_model(config.model)
     run = Run(config, tokenizer, weights_hash(model), sampling_dtype(model.to(device())), train,
               held, dict(prompts=counts), *reward)
     if pairs: run.pairs = pairs_of_file(run, pairs)
     return run
+
+# %% ../nbs/11_align.ipynb #b7c20d94
+def own_pairs(config:AlignConfig): # `Preferences`
+    "The pairs of a file, and a line for everything that was done to them."
+    pairs = read_preferences(config.pairs, config.split, columns_of(config.columns),
+                             kind="pairs", repeats=config.repeats)
+    for line in pairs.notices: print(line, flush=True)
+    return pairs
 
 # %% ../nbs/11_align.ipynb #c4db155e
 def device()->str: # "cuda" where there is a card

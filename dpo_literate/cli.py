@@ -6,16 +6,18 @@
 __all__ = ['LORA_RATE', 'CUT', 'MEASURE', 'NOTED', 'MERGE_TOLERANCE', 'OLD', 'PAPER', 'ASKS', 'COMMANDS', 'TrainOptions',
            'CheckOptions', 'GenerateOptions', 'MergeOptions', 'LossesOptions', 'RewardTrainOptions', 'PPOOptions',
            'FrontierOptions', 'ProbeOptions', 'AttackOptions', 'HierarchyOptions', 'check_data', 'check_rows',
-           'read_pairs', 'as_asked', 'cutting', 'complain', 'quiet', 'early_refusals', 'check_place', 'read_both',
-           'refuse_objections', 'until_the_first_step', 'sentence_of', 'is_adapter', 'make_config', 'tokenizer_for',
-           'encode_both', 'encoded', 'adapter_of', 'make_trainer', 'opening_line', 'rate_line', 'steps_of', 'lines_of',
-           'line_of', 'measured', 'closing_line', 'nothing_learned', 'train', 'finish', 'compares', 'note_command',
-           'facts_of', 'generate', 'replies_to', 'shown_reply', 'merge', 'losses', 'loss_text', 'demo', 'reward_train',
-           'check_files', 'later', 'Command', 'options_of', 'Strict', 'parser', 'usage_of', 'parse', 'settings_for',
-           'refuse_unknown', 'options', 'defaults_of', 'recipe_of', 'main', 'verify_asked', 'said', 'hushed']
+           'read_pairs', 'mapping_of', 'as_asked', 'cutting', 'complain', 'quiet', 'early_refusals', 'check_place',
+           'read_both', 'refuse_objections', 'until_the_first_step', 'sentence_of', 'is_adapter', 'make_config',
+           'tokenizer_for', 'encode_both', 'encoded', 'adapter_of', 'make_trainer', 'opening_line', 'rate_line',
+           'steps_of', 'lines_of', 'line_of', 'measured', 'closing_line', 'nothing_learned', 'train', 'finish',
+           'compares', 'note_command', 'facts_of', 'generate', 'replies_to', 'shown_reply', 'merge', 'losses',
+           'loss_text', 'demo', 'probe', 'reward_train', 'check_files', 'later', 'Command', 'options_of', 'Strict',
+           'parser', 'usage_of', 'parse', 'settings_for', 'refuse_unknown', 'options', 'defaults_of', 'recipe_of',
+           'main', 'verify_asked', 'said', 'hushed']
 
 # %% ../nbs/52_command_line.ipynb #19a51b9c
-import argparse, ast, contextlib, functools, importlib, json, math, os, shutil, signal, sys, time
+import argparse, ast, contextlib, functools, importlib, json, math, os, re, shutil, signal, sys
+import time
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -144,6 +146,9 @@ class ProbeOptions:
     reference:str                # the model before, likewise
     probes:list[str]=("all",)    # all, or some of tdi refusal displacement honesty
     data:str|None=None           # pairs, best held out, for probes that read pairs; none: their own
+    split:str|None=None          # which split of --data, where there are several
+    columns:dict|None=None       # our names = yours: prompt=question chosen=better
+    repeats:Literal["take_off", "keep"]="take_off" # replies that begin with their prompt
     out:str="runs/probe"         # folder of the report
     quick:bool=False             # fewer items, wider intervals
     seed:int=0                   # of what a probe draws
@@ -211,13 +216,17 @@ def read_pairs(
     source:str,      # a file, a folder or a name of the hub
     split:str|None,  # of it
     args,            # `columns`, `repeats`
+    kind:str|None=None, # pairs: refuse labelled replies; None: either
 ):                   # `Preferences`
     "Pairs or labelled replies, read as every command and the trainer read them."
-    from dpo_literate.layouts import columns_of
     from dpo_literate.reading import read_preferences
+    return read_preferences(source, split, mapping_of(args), kind=kind, repeats=args.repeats)
+
+def mapping_of(args)->dict|None: # of `--columns`, for `columns=`
+    "Our names and theirs, several of them where they are to be joined."
+    from dpo_literate.layouts import columns_of
     joined = {k: "+".join(v) if isinstance(v, list) else v for k, v in (args.columns or {}).items()}
-    words = [f"{ours}={'' if theirs is None else theirs}" for ours, theirs in joined.items()]
-    return read_preferences(source, split, columns_of(words), repeats=args.repeats)
+    return columns_of([f"{k}={'' if v is None else v}" for k, v in joined.items()])
 
 def as_asked(pairs, tokenizer, args)->list:
     "Text becomes a chat where the model has a template, unless --format says otherwise."
@@ -261,6 +270,10 @@ def early_refusals(
             raise Refusal("cdpo is DPO for a judge who errs: say how often (--label-smoothing 0.1)")
     marks = RUN_MARKS if args.resume else ()
     new_folder(args.out, "choose another --out" + ", or --resume" * (not args.resume), marks)
+    when = args.settings.get("eval_strategy", "no")
+    if when != "no" and not (args.eval_data or args.eval_split or args.holdout): raise Refusal(
+        f"eval_strategy={when}: nothing to measure on; hold pairs out (--holdout 20) or give "
+        "--eval-data")
     if args.eval_data and args.eval_data == args.data and args.eval_split == args.split:
         raise Refusal("--eval-data and --data are the same file: hold some out with --holdout 20")
 
@@ -278,13 +291,14 @@ def check_place(
 # %% ../nbs/52_command_line.ipynb #4148f11b
 def read_both(
     args:SimpleNamespace, # as for `early_refusals`
+    kind:str|None=None,   # as for `read_pairs`
 )->tuple:                 # pairs to train on; to measure on, or None; what the two share, or None
     "The files of a run; measuring on what is trained on is refused, unless it is allowed."
     from dpo_literate.audit import leakage
-    pairs = read_pairs(args.data, args.split, args)
+    pairs = read_pairs(args.data, args.split, args, kind)
     refuse_objections(pairs, args)
     if not (args.eval_data or args.eval_split): return pairs, None, None
-    held = read_pairs(args.eval_data or args.data, args.eval_split, args)
+    held = read_pairs(args.eval_data or args.data, args.eval_split, args, kind)
     refuse_objections(held, args, allow=("one class",))
     shared = leakage(pairs, held)
     shared.refuse(args.allow)
@@ -322,11 +336,31 @@ def sentence_of(
     "What it says, on one line and short; the settings behind it where it names none."
     said = " ".join(str(e).split())
     plain = said and isinstance(e, (ValueError, RuntimeError, ImportError))
+    if plainly := in_plain_words(e, said, settings): return plainly
     text = said if plain else f"{type(e).__name__}: {said}"
     text = text if len(text) < 300 else text[:296] + " …"
     named = any(LONG.get(k, k) in text for k in settings)
     given = ", ".join(f"{LONG.get(k, k)}={v}" for k, v in settings.items())
     return text if named or not given else f"{text} (settings given: {given})"
+
+# %% ../nbs/52_command_line.ipynb #9be17c30
+AWAY = re.compile("Connect|Offline|Timeout|NameResol|MaxRetry|gaierror|ProxyErr|TokenNotFound")
+LACKS = re.compile(r"'?([\w-]+)[^' ]*'? distribution was not found"
+                   r"|[Nn]o module named '([\w.]+)'")
+NEEDS = dict(push_to_hub="leave it out, and upload the folder later: hf upload NAME OUT",
+             report_to="leave it out, or choose a tracker that writes files (tensorboard)")
+
+def in_plain_words(e, said:str, settings:dict)->str|None:
+    "A sentence with a remedy, where the cause is one of the two."
+    chain = [e, e.__cause__, e.__context__]
+    if any(AWAY.search(type(x).__name__) for x in chain if x is not None):
+        blame = next((k for k in NEEDS if settings.get(k) not in (None, False, "none")), None)
+        why = "its network cannot be reached from here (offline, or no token: hf auth login)"
+        return f"{blame}={settings[blame]}: {why}; {NEEDS[blame]}" if blame else None
+    if found := LACKS.search(said):
+        name = (found[1] or found[2]).partition(".")[0]
+        blame = next((f"{k}={v}: " for k, v in settings.items() if name in (k, str(v))), "")
+        return f"{blame}the package {name} is not installed: pip install {name}"
 
 # %% ../nbs/52_command_line.ipynb #c0afe9b7
 LORA_RATE = 2e-4   # learns in an epoch or two; the trainer's own default is for all weights
@@ -532,7 +566,9 @@ def nothing_learned(
 )->str|None:     # a sentence, where there is nothing to show
     "Is the loss still where it began, or the margin not above 0?"
     m, first, last = f["measured"], f["first_loss"], f["last_loss"]
-    still = first is not None and abs(first - last) < .01 * max(abs(first), .1)
+    after = m.get("loss", last) if f["compares"] else last    # the log stops before the last step
+    moved = first and max(abs(first - last), abs(first - after))
+    still = first is not None and moved < .01 * max(abs(first), .1)
     doubt = f["compares"] and m.get("margin_low", m.get("margin", 1.)) <= 0
     if not (still or doubt): return None
     margin = "cannot be told from 0" if m.get("margin", 0) > 0 else "is not above 0"
@@ -643,9 +679,8 @@ def generate(
 def replies_to(model, tokenizer, prompts:list, args)->list[str]:
     "One reply a prompt."
     from dpo_literate.sampling import sample
-    heat = args.temperature or 1e-6
     found = sample(model, tokenizer, prompts, per_prompt=1, limit=args.max_new_tokens,
-                   temperature=heat, seed=args.seed)
+                   temperature=args.temperature, seed=args.seed)
     return [replies[0]["text"] for replies in found]
 
 def shown_reply(prompt, reply:str, alone:bool)->str: # for a terminal
@@ -714,8 +749,19 @@ def demo(
     check_files(args)
     quiet()
     from dpo_literate.align import AlignConfig, align
+    args.columns = mapping_of(args)
     align(AlignConfig(**{k: v for k, v in vars(args).items() if v is not None}))
     return 0
+
+def probe(
+    args:SimpleNamespace, # the fields of `ProbeOptions`, as page 34 names them
+)->int:                   # 0
+    "Read the pairs as `train` does, and probe two models."
+    check_files(args)
+    if args.pairs:
+        args.pairs = read_pairs(args.pairs, args.split, args, "pairs")
+        for line in args.pairs.notices: print(line)
+    return later("probes.report.main_probe", args)
 
 def reward_train(
     args:SimpleNamespace, # the fields of `RewardTrainOptions`, as page 12 names them
@@ -723,8 +769,8 @@ def reward_train(
     "Read the pairs as `train` does, and train a reward model on them."
     check_files(args)
     names = SimpleNamespace(**vars(args) | dict(eval_data=args.eval))
-    args.data, args.eval, shared = read_both(names)
-    if shared: print(shared)
+    args.data, args.eval, shared = read_both(names, "pairs")
+    for line in (*args.data.notices, *([shared] if shared else [])): print(line)
     return later("reward_model.main_reward_train", args)
 
 def check_files(args)->None:
@@ -786,7 +832,7 @@ COMMANDS = {
                         functools.partial(later, "frontier_cells.main_frontier"),
                         ("cli.FrontierOptions", "frontier_cells.FrontierConfig"), None, PAPER),
     "probe": Command("hold a model against its start: style, refusal, displacement, honesty",
-                     functools.partial(later, "probes.report.main_probe"),
+                     probe,
                      ("cli.ProbeOptions",), None, dict(data="pairs")),
     "hierarchy-eval": Command("whom a model obeys when the authors of a prompt disagree",
                               functools.partial(later, "hierarchy_eval.main_hierarchy"),
@@ -868,7 +914,7 @@ def shown_default(s:Setting)->str:
     try: value = ast.literal_eval(s.default)
     except ValueError: return f"default: {s.default}"
     if isinstance(value, (list, tuple)): value = " ".join(map(str, value)) or "none"
-    return f"default: {value}" if value is not None else "default: none"
+    return "default: none" if value in (None, "") else f"default: {value}"
 
 def metavar_of(s:Setting, readers:dict)->str:
     "What stands for the value in the help."

@@ -6,7 +6,7 @@
 __all__ = ['rename', 'columns_of', 'lay_out', 'leftover']
 
 # %% ../nbs/05a_layouts.ipynb #d4470f9c
-import difflib, re
+import difflib, json, re
 from collections import Counter
 from functools import lru_cache
 from .preferences import COLUMNS, OPTIONAL, ROLES, SINGLE, parse_json
@@ -174,18 +174,31 @@ def _translated(m, where):
     return {"role": SPEAKERS[who], "content": value, **rest}
 
 # %% ../nbs/05a_layouts.ipynb #d8c52b07
-_WRITTEN = re.compile(r"""\s*(\[\s*)?\{\s*(?P<q>\\?["'])"""
-                      r"""(role|content|from|value|messages|conversations)(?P=q)\s*:""")
+_OPENS = re.compile(r'\s*"?\s*(\[\s*)?\{(?=\s*\\*["\'])')   # an object, or a list of them
+_OURS = re.compile(r"""\s*\\*["'](role|content|from|value|messages|conversations)\\*"""
+                   r"""["']\s*:""")
+_WHO = re.compile(r"""\\*["'](role|from)\\*["']\s*:\s*\\*["']"""
+                  r"(system|user|human|assistant|gpt|tool)\b")
 LISTS = ("messages", "conversations")
+
+def _looks_written(text):
+    "Does a text open like messages: with a key of theirs, or with somebody who speaks?"
+    if text[:1] not in '[{ \n"' or not (opens := _OPENS.match(text)): return False
+    at = opens.end()
+    return bool(_OURS.match(text, at) or _WHO.search(text, at, at + 1000))
 
 def _unwritten(value, name, where):
     "Messages from text that holds them; other text as it is."
-    if not isinstance(value, str) or value[:1] not in "[{ \n" or not _WRITTEN.match(value):
-        return value
+    if not isinstance(value, str) or not _looks_written(value): return value
+    if value.lstrip()[0] == '"':                       # written twice, or a quotation
+        try: value = json.loads(value)
+        except ValueError: return value
     try: read = parse_json(value, name)
-    except Refusal as no: raise Refusal(
-        f"{where}: {name} looks like messages written as text, and is not JSON"
-        f"{str(no).removeprefix(name)}; write it with json.dumps") from None
+    except Refusal as no:
+        why = re.sub(r"^:\d+", "", str(no).removeprefix(name)).removeprefix(": ")
+        why = why.replace("file", "the text").replace("; json.dumps writes JSON", "")
+        raise Refusal(f"{where}: {name} looks like messages written as text, and is not "
+                      f"JSON: {why}; write it with json.dumps") from None
     many = read if isinstance(read, list) else [read]
     speaks = lambda m: isinstance(m, dict) and (
         {"role", "content"} <= set(m) or {"from", "value"} <= set(m) or
@@ -228,9 +241,9 @@ def _split_talk(row, talk, name, where):
         "no chosen one")
     second = next(k for k in SECOND if k in row)
     rest = {k: v for k, v in row.items() if k not in (name, second)}
-    if second == "rejected_messages":
-        return {**rest, "chosen": talk, "rejected": row[second]}
     other = turns_of(row[second], second, where)
+    if second == "rejected_messages" and _whole(other):
+        return {**rest, "chosen": talk, "rejected": other}
     other = [{"role": "assistant", "content": other}] if isinstance(other, str) else other
     return {**rest, "prompt": talk[:-1], "chosen": talk[-1:], "rejected": other}
 
@@ -272,19 +285,23 @@ def _from_talk(row, where):
                   "replies (chosen, rejected), a labelled reply a label")
 
 # %% ../nbs/05a_layouts.ipynb #6c02e8f5
-def _with_history(row, where):
-    "Earlier turns in front of the prompt."
+def _with_history(row, where, did):
+    "Earlier turns in front of the prompt, behind its system turn."
     past, prompt = row.get("history", ""), turns_of(row.get("prompt"), "prompt", where)
     known = past is None or isinstance(past, list)  # text is of unknown form, so named
     if not known or not isinstance(prompt, (str, list)): return row
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    for k, turn in enumerate(past or []):
+    past = turns_of(past or [], "history", where)
+    told = bool(past) and all(isinstance(turn, dict) for turn in past)   # as messages
+    for k, turn in enumerate([] if told else past):
         if not isinstance(turn, list) or len(turn) != 2: raise Refusal(
             f"{where}: history[{k}] must be a pair: what was asked, what was answered")
-    said = [{"role": r, "content": t} for turn in past or []
-            for r, t in zip(("user", "assistant"), turn)]
+    said = past if told else [{"role": r, "content": t} for turn in past
+                              for r, t in zip(("user", "assistant"), turn)]
     rest = {k: v for k, v in row.items() if k != "history"}
-    return {**rest, "prompt": said + asked}
+    did["history"] += bool(said)
+    head = [m for m in asked[:1] if isinstance(m, dict) and m.get("role") == "system"]
+    return {**rest, "prompt": head + said + asked[len(head):]}
 
 # %% ../nbs/05a_layouts.ipynb #1a7cf9e3
 RANKED = ("answers", "completions", "responses", "generations", "outputs", "output",
@@ -330,7 +347,7 @@ def _tools_within(row, where):
 
 def _clean(value):
     "Is it a text that is no list, or a list of messages? Then there is nothing to do."
-    if isinstance(value, str): return value[:1] not in ("[", "{", " ", "\n")
+    if isinstance(value, str): return value[:1] not in ("[", "{", " ", "\n", '"')
     if not isinstance(value, list): return False
     for m in value:
         if not isinstance(m, dict) or m.get("role") not in ROLES: return False
@@ -349,7 +366,7 @@ def lay_out(
     if "history" not in row and all(_clean(row.get(k)) for k in COLUMNS): return row
     _ranked(row, where)
     row = _from_talk(_from_input(_tools_within(row, where)), where)
-    if "history" in row: row = _with_history(row, where)
+    if "history" in row: row = _with_history(row, where, did)
     there = [k for k in (*COLUMNS, "completion") if k in row]
     read = {k: turns_of(row[k], k, where) for k in there}
     did["written"] += any(type(read[k]) is not type(row[k]) is str for k in there)

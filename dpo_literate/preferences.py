@@ -31,6 +31,9 @@ def _fault(
     "A syntax error in words, with a guess at its cause."
     if _PYTHON.match(text):
         return "Python's single quotes, not JSON's; json.dumps writes JSON"
+    here, before = text[e.pos:].lstrip()[:2], text[:e.pos].rstrip()[-1:]
+    if before == "," and here[:1] in ("]", "}"): return "a comma before a closing bracket"
+    if here[:1] == "#" or here == "//": return "a comment, and JSON has none"
     at_end = e.pos >= len(text.rstrip()) - 1 or e.msg.startswith("Unterminated")
     words = "more than one value on the line" if e.msg == "Extra data" else e.msg
     cut = "; file looks truncated" if at_end else ""
@@ -135,8 +138,8 @@ def _split_turns(chosen, rejected, where):
         raise Refusal(f"{where}: chosen and rejected must end with an assistant turn")
     if not (_is_reply(chosen[k:]) and _is_reply(rejected[k:])):
         raise Refusal(f"{where}: chosen and rejected part at message {k + 1}, "
-                      "before the last turn; they must share every turn "
-                      "but the last")
+                      "before the last turn; they must share every turn but the last: "
+                      "end both with the turn in which they part")
     return chosen[:k], chosen[k:], rejected[k:]
 
 # %% ../nbs/05_preferences.ipynb #a6c41d93
@@ -158,7 +161,8 @@ def _split_texts(a, b, where, did):
     turn = a.rfind(_ANSWER, 0, len(os.path.commonprefix([a, b])))
     k = _word_border(a, b) if turn < 0 else turn + len(_ANSWER)
     if turn >= 0 and (_ASK in a[k:] or _ASK in b[k:]):
-        raise Refusal(f"{where}: the two transcripts part before their last turn")
+        raise Refusal(f"{where}: the two transcripts part before their last turn; "
+                      "end both with the reply in which they part")
     if not a[:k].strip():
         raise Refusal(f"{where}: no prompt column, and the two texts share no "
                       "beginning; add `prompt`, or name the column that holds it")
@@ -183,8 +187,10 @@ OPTIONAL = ("weight", "margin", "tools", "id", "system", "prefix", "images",
             "chat_template_kwargs")
 GUESSES = {
     "prompt": ("question", "instruction", "query", "input", "x"),
-    "chosen": ("good", "preferred", "winner", "better"),
-    "rejected": ("bad", "dispreferred", "loser", "worse"),
+    "chosen": ("good", "preferred", "winner", "better", "accepted", "accept", "positive",
+               "pos", "best", "response_preferred"),
+    "rejected": ("bad", "dispreferred", "loser", "worse", "negative", "neg", "reject",
+                 "worst", "response_dispreferred"),
     "completion": ("response", "output", "answer", "reply"),
     "label": ("kto_tag", "thumbs_up", "desirable")}
 
@@ -280,14 +286,16 @@ def _turn(value, role):
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 def _bare(messages):
-    "Messages without the white space at the ends of their texts."
-    return [{**m, "content": m["content"].strip()} if isinstance(m.get("content"), str)
+    "Messages without the white space at the ends of their texts, and with one line end."
+    return [{**m, "content": _trimmed(m["content"])} if isinstance(m.get("content"), str)
             else m for m in messages]
+
+def _trimmed(text): return str(text).strip().replace("\r\n", "\n")
 
 def _agrees(prompt, shared):
     "Does a prompt column say what both conversations begin with?"
     if isinstance(prompt, str): return any(
-        m["role"] == "user" and str(m.get("content")).strip() == prompt.strip()
+        m["role"] == "user" and _trimmed(m.get("content")) == _trimmed(prompt)
         for m in shared)
     ours, theirs = _bare(prompt), _bare(shared)
     return ours == theirs[-len(ours):] or theirs == ours[-len(theirs):]
@@ -333,6 +341,16 @@ def _check_turns(pair, where, replies=("chosen", "rejected")):
         raise Refusal(f"{where}: the prompt ends with an assistant turn; "
                       "shared beginnings go into `prefix`")
 
+# %% ../nbs/05_preferences.ipynb #c4a81e36
+def _one_system(pair, where):
+    "The pair with its system text in one place."
+    first = pair["prompt"][0] if isinstance(pair["prompt"], list) else {}
+    if "system" not in pair or first.get("role") not in ("system", "developer"): return pair
+    if _trimmed(first.get("content")) == _trimmed(pair["system"]):
+        return {k: v for k, v in pair.items() if k != "system"}
+    raise Refusal(f"{where}: the column system and the first turn are two different system "
+                  "texts; keep one (columns system= leaves the column out)")
+
 # %% ../nbs/05_preferences.ipynb #d028cfbb
 def canonical(
     row:dict,  # a row under our names
@@ -349,7 +367,7 @@ def canonical(
     elif isinstance(pair["prompt"], list) or isinstance(c, list):
         pair = _as_turns(pair, where, did)
     if isinstance(pair["prompt"], list): _check_turns(pair, where)
-    pair |= _options(row, where)
+    pair = _one_system(pair | _options(row, where), where)
     _whole_characters(pair, where)
     return {**pair, "_where": where}
 
@@ -410,7 +428,7 @@ def canonical_reply(
     if any(isinstance(v, list) for v in out.values()):
         out = _reply_turns(out, where)
         _check_turns(out, where, ("completion",))
-    out |= {"label": label, **_options(row, where)}
+    out = _one_system({**out, "label": label, **_options(row, where)}, where)
     _whole_characters(out, where)
     return {**out, "_where": where}
 
@@ -482,6 +500,7 @@ def as_chat(
     "The row as messages: prompt said by the user, replies by the assistant."
     if isinstance(row["prompt"], list): return row
     turns = _spoken(row["prompt"])
-    text = (lambda t: t.strip()) if turns else (lambda t: t)
+    parted = all(row[k][:1].isspace() for k in texts_of(row)[1:])  # from the prompt, as text
+    text = str.strip if turns else str.lstrip if parted else str
     replies = {k: _turn(text(row[k]), "assistant") for k in texts_of(row)[1:]}
     return {**row, "prompt": turns or _turn(row["prompt"], "user"), **replies}

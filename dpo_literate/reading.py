@@ -147,6 +147,8 @@ def _box(value):
 def _by_columns(value):
     "Is it a table by columns, as pandas writes it?"
     if not isinstance(value, dict) or len(value) < 2: return False
+    if {*TALKS} & set(value) or any({"role", "from"} & {*v} for v in value.values()
+                                    if isinstance(v, dict)): return False   # a row of messages
     split = {"columns", "data"} <= set(value)
     cells = lambda v: list(v.values()) if isinstance(v, dict) else v
     texts = lambda v: isinstance(v, list) and len(v) > 0 and isinstance(v[0], str)
@@ -546,8 +548,19 @@ def _behind(reply, prompt):
 
 def _repeated(row):
     "The replies of a row behind its prompt; None for one that does not begin with it."
-    if not isinstance(row["prompt"], str) or not row["prompt"].strip(): return {}
-    return {k: _behind(row[k], row["prompt"]) for k in texts_of(row)[1:]}
+    asked = _last_said(row["prompt"])
+    if not asked.strip(): return {}
+    return {k: _behind(_last_said(row[k]), asked) for k in texts_of(row)[1:]}
+
+def _last_said(value):
+    "The text of a field, or of its last message."
+    text = value if isinstance(value, str) else value[-1].get("content")
+    return text if isinstance(text, str) else ""
+
+def _saying(value, text):
+    "A field with another text in its last message."
+    if isinstance(value, str): return text
+    return [*value[:-1], {**value[-1], "content": text.lstrip()}]
 
 def _is_long(prompt): return len(prompt.split()) >= 3 or len(prompt.strip()) >= 16
 
@@ -562,20 +575,36 @@ def take_off(
     full = [bool(f) and None not in f.values() for f in found]
     out = []
     for row, rest, both in zip(rows, found, full):
-        counts = all(full) or len(rest) == 2 and _is_long(row["prompt"])
+        alone = isinstance(row["prompt"], str) and _is_long(row["prompt"])
+        counts = all(full) or len(rest) == 2 and alone
         if counts and not both and any(v and v.strip() for v in rest.values()):
             raise Refusal(
                 f"{row['_where']}: one reply begins with the prompt, the other does not; "
                 "take it off there, or say --repeats keep where a reply quotes")
         taken = both and counts
         did["prompt taken off"] += taken
-        out.append({**row, **rest} if taken else row)
+        new = {k: _saying(row[k], v) for k, v in rest.items()} if taken else {}
+        out.append({**row, **new})
     return out
+
+_MARK = re.compile(r"\s*(#{1,4} *)?(human|user|question|instruction|prompt|q)( *:|\n)\s*"
+                   r"|\s*\[INST\]\s*|\s*<\|user\|>\s*", re.I)
+
+def no_transcripts(rows:list)->None:
+    "Refuse a row whose replies hold its prompt behind the mark of a speaker."
+    for row in (r for r in rows if isinstance(r["prompt"], str) and r["prompt"].strip()):
+        marks = [_MARK.match(row[k]) for k in texts_of(row)[1:]]
+        held = [m and row[k].startswith(row["prompt"].strip(), m.end())
+                for m, k in zip(marks, texts_of(row)[1:])]
+        if all(held): raise Refusal(
+            f"{row['_where']}: the replies hold the prompt again behind {marks[0][0].strip()!r}: "
+            "take it off there, or say --repeats keep where a reply quotes")
 
 # %% ../nbs/05b_reading.ipynb #c3fe8190
 DID = {
     "written": "messages written as JSON text were parsed",
     "prompt repeated": "the replies held their prompt again; it was taken off",
+    "history": "the turns of column history stand before the prompt",
     "prompt taken off": "both replies began with the prompt; it was taken off",
     "shared beginning": "no prompt column: the prompt is what both texts begin with, "
                         "up to a whole word",
@@ -645,7 +674,9 @@ def read_preferences(
     pairs, left = _read(rows, columns, kind, images, did)
     if not pairs: raise Refusal(f"{name}: no rows")
     if columns: _all_found(columns, seen, name)
-    if repeats == "take_off": pairs = take_off(pairs, did)
+    if repeats == "take_off":
+        pairs = take_off(pairs, did)
+        no_transcripts(pairs)
     _no_zero(pairs, name)
     return _preferences(pairs, name, hashes, left, did, said)
 

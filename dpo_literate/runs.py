@@ -136,7 +136,7 @@ def plot_training(
     left.plot(step, [h["rewards/margins"] for h in log], color=COLORS["policy"], label="margin")
     left.axhline(0, color=COLORS["muted"], lw=.8)
     left.set(xlabel="optimizer step", ylabel="implicit reward (log-odds)",
-             title="The two replies part")
+             title="Rewards of the two replies")
     left.legend()
     hits = [h["rewards/accuracies"] for h in log]
     late = [statistics.mean(hits[max(0, k - 9):k + 1]) for k in range(len(hits))]
@@ -144,7 +144,7 @@ def plot_training(
     right.plot(step, late, color=COLORS["policy"], label="last ten")
     right.axhline(.5, color=COLORS["ref"], ls=":", lw=1)
     right.set(xlabel="optimizer step", ylabel="accuracy", ylim=(-.03, 1.03),
-              title="Preferences are learned")
+              title="Pairs ranked as preferred")
     right.legend(loc="lower right")
     return finish(fig)
 

@@ -584,6 +584,115 @@ def test_measuring_on_the_training_pairs_is_refused(model, tmp_path):
     assert done.returncode == 0 and "1 of 2 eval prompts stand in train too" in done.stdout
 
 
+# ---------------------------------------------------------------- the same door in every command
+
+READ_PAIRS = ("check-data", "train", "demo", "reward-train", "probe")
+
+
+def test_every_command_that_reads_pairs_has_the_same_options_for_it():
+    for name in READ_PAIRS:
+        known = cli.options_of(name)
+        assert {"data", "split", "columns", "repeats"} <= set(known), name
+        assert ("eval_data" in known) == ("eval_split" in known), name
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_of_every_parser_has_a_help_that_ends_with_its_default(name):
+    command = next(a for a in cli.parser(name)._actions if a.dest == "command").choices[name]
+    shown = [a for a in command._actions if a.help != cli.argparse.SUPPRESS and a.option_strings]
+    assert shown and all(a.help for a in command._actions if a not in shown)
+    for a in shown[1:]:                                             # the first is --help
+        assert re.search(r"\((default: .+|required)\)$", a.help, re.S), (name, a.dest, a.help)
+    assert len({a.dest for a in shown}) == len(shown)
+
+
+def test_a_folder_of_several_sets_is_asked_about_in_every_command(model, tmp_path):
+    (tmp_path / "d").mkdir()
+    for part in ("train_prefs", "train_sft", "test_prefs"): pairs(tmp_path / "d" / f"{part}.jsonl")
+    out, first = tmp_path / "out", ("--data", tmp_path / "d")
+    for name in READ_PAIRS:
+        more = {"check-data": (), "probe": ("--model", model, "--reference", model, "--out", out)}
+        done = here(name, *first, *more.get(name, ("--model", model, "--out", out)))
+        refused(done, "which split? It has test_prefs, train_prefs, train_sft; say --split NAME")
+        assert not out.exists(), name
+    done = here("train", "--model", model, *first, "--split", "train_prefs", "--eval-split", "train_sft",
+                "--out", out, "--max-steps", 1)
+    refused(done, "same file")                                      # its content is that of the other
+    named = here("check-data", *first, "--split", "train_prefs")
+    assert named.returncode == 0 and "train_prefs.jsonl: 12 pairs" in named.stdout
+
+
+def test_labelled_replies_are_refused_where_pairs_are_meant(model, tmp_path):
+    file, out = tmp_path / "k.jsonl", tmp_path / "out"
+    file.write_text("".join(line(dict(prompt=str(k), completion="a", label=k % 2 == 0)) + "\n" for k in range(4)))
+    for name in ("demo", "reward-train", "probe"):
+        more = ("--reference", model) if name == "probe" else ()
+        done = here(name, "--data", file, "--model", model, "--out", out, *more)
+        refused(done, "k.jsonl:1: expected prompt, chosen, rejected")
+        assert not out.exists(), name
+    assert here("check-data", file, "--model", model).returncode == 0
+
+
+# ---------------------------------------------------------------- failures of others, in plain words
+
+@pytest.mark.parametrize("settings, error, said", [
+    (dict(push_to_hub=True), type("ConnectError", (Exception,), {})("[Errno -2] Name or service not known"),
+     "push_to_hub=True: its network cannot be reached from here (offline, or no token: hf auth login); "
+     "leave it out, and upload the folder later: hf upload NAME OUT"),
+    (dict(report_to="wandb"), type("ReadTimeout", (Exception,), {})("x"), "report_to=wandb: its network"),
+    (dict(beta=.2), ModuleNotFoundError("No module named 'bitsandbytes.nn'"),
+     "the package bitsandbytes is not installed: pip install bitsandbytes"),
+    (dict(deepspeed="d.json"), Exception("No package metadata was found for The 'deepspeed>=0.9.3' "
+                                         "distribution was not found and is required"),
+     "deepspeed=d.json: the package deepspeed is not installed: pip install deepspeed"),
+    (dict(seed=3), KeyError("x"), "KeyError: 'x' (settings given: seed=3)")])
+def test_a_missing_network_or_package_is_said_with_its_remedy(settings, error, said):
+    assert cli.sentence_of(error, settings).startswith(said)
+
+
+def test_the_cause_of_an_error_counts(tmp_path):
+    try:
+        try: raise type("OfflineModeIsEnabled", (Exception,), {})("away")
+        except Exception as e: raise ValueError("cannot make the repository") from e
+    except ValueError as e: assert "network" in cli.sentence_of(e, dict(push_to_hub=True))
+
+
+def test_measuring_while_training_needs_something_to_measure_on(model, tmp_path):
+    done = here("train", "--model", model, "--data", pairs(tmp_path / "p.jsonl"), "--out", tmp_path / "out",
+                "--eval-strategy", "epoch")
+    refused(done, "eval_strategy=epoch: nothing to measure on", "--holdout 20")
+
+
+def test_one_step_that_moved_the_model_is_no_failure():
+    "The log's last loss is that before the last step; what was measured comes after it."
+    found = dict(measured=dict(margin=.2, margin_low=.1, loss=.6), first_loss=.693, last_loss=.693, compares=True)
+    assert cli.nothing_learned(found, 1e-6) is None
+    assert "still at its start" in cli.nothing_learned(found | dict(measured=dict(margin=.2, loss=.692)), 1e-6)
+
+
+def test_temperature_0_takes_the_likeliest_token_whatever_the_seed(model, tmp_path):
+    said = {here("generate", "--model", model, "--prompt", "dish 1", "--seed", s, "--max-new-tokens", 6).stdout
+            for s in range(3)}
+    assert len(said) == 1
+    from dpo_literate.models import load_tokenizer
+    from dpo_literate.sampling import prompt_tokens, sample
+    whole, tokenizer = load_model(model).eval(), load_tokenizer(model)
+    ids = torch.tensor([prompt_tokens("dish 1", tokenizer)])
+    with torch.no_grad(): likeliest = whole(input_ids=ids).logits[0, -1].argmax().item()
+    args = SimpleNamespace(max_new_tokens=6, temperature=0., seed=1)
+    found = sample(whole, tokenizer, ["dish 1"], per_prompt=1, limit=6, temperature=0., seed=1)[0][0]
+    assert found["ids"][0] == likeliest
+    assert cli.replies_to(whole, tokenizer, ["dish 1"], args) == [found["text"]]
+
+
+def test_the_pictures_of_a_run_claim_nothing():
+    from dpo_literate.runs import plot_training
+    flat = [{"step": k, "rewards/chosen": 0., "rewards/rejected": 0., "rewards/margins": 0.,
+             "rewards/accuracies": .5} for k in range(3)]
+    titles = " ".join(a.get_title() for a in plot_training(flat).axes)
+    assert titles and not re.search("learned|part|grow|rise|better", titles)
+
+
 # ---------------------------------------------------------------- what came out, used
 
 @pytest.fixture(scope="module")
@@ -685,3 +794,47 @@ def test_check_data_refuses_exactly_what_training_refuses(rows, more, model, tmp
     if not trained:
         places = [set(re.findall(r"p\.jsonl:(\d+)", e.stderr)) for e in (done, checked)]
         assert places[0] <= places[1], (checked.stderr, done.stderr)
+
+
+NO_SYSTEM = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}"
+             "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TURN = {who: (lambda text, who=who: dict(role=who, content=text)) for who in ("user", "assistant", "system")}
+KINDS_OF_ROW = {
+    "text": GOOD, "system column": dict(GOOD, system="Be kind."), "no prompt": dict(chosen="a b", rejected="a c"),
+    "missing": dict(prompt="a", chosen="b"), "number": dict(GOOD, chosen=3), "null": dict(GOOD, rejected=None),
+    "tie": dict(GOOD, winner="tie"), "swapped": dict(GOOD, score_chosen=1, score_rejected=2),
+    "nothing": dict(GOOD, rejected="None"), "empty": dict(GOOD, rejected=""), "no weight": dict(GOOD, weight=0),
+    "margin": dict(GOOD, margin="much"), "prefix": dict(GOOD, prefix=["a"]), "picture": dict(GOOD, images=["a.png"]),
+    "tools": dict(GOOD, tools=[{"name": "f"}]), "label": dict(prompt="a", completion="b", label=True),
+    "repeated": dict(prompt="How was it?", chosen="How was it? Fine.", rejected="How was it? Bad."),
+    "half repeated": dict(prompt="How was it?", chosen="How was it? Fine.", rejected="Bad."),
+    "json": dict(GOOD, chosen=line([TURN["assistant"]("yes")]), rejected=line([TURN["assistant"]("no")])),
+    "chat": dict(prompt=[TURN["user"]("a")], chosen=[TURN["assistant"]("b")], rejected=[TURN["assistant"]("c")]),
+    "two users": dict(prompt=[TURN["user"]("a")] * 2, chosen=[TURN["assistant"]("b")], rejected=[TURN["assistant"]("c")]),
+    "system turn": dict(prompt=[TURN["system"]("s"), TURN["user"]("a")], chosen="b", rejected="c"),
+    "long": dict(GOOD, chosen="long " * 60), "surrogate": dict(GOOD, prompt="a\ud800"),
+    "a call": dict(GOOD, chosen=[dict(role="assistant", tool_calls=[dict(type="function", function=dict(
+        name="f", arguments={}))])], rejected=[TURN["assistant"]("c")])}
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = NO_SYSTEM
+    return write_folder(tmp_path_factory.mktemp("strict") / "tiny", tiny_model().float(), tokenizer)
+
+
+@given(names=st.lists(st.sampled_from(sorted(KINDS_OF_ROW)), min_size=1, max_size=3), which=st.booleans(),
+       more=st.sampled_from([(), ("--max-length", "60"), ("--identical", "drop"), ("--repeats", "keep"),
+                             ("--format", "text"), ("--allow", "tie", "word for nothing")]))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_check_data_refuses_what_training_refuses_of_every_kind(names, which, more, model, strict, tmp_path,
+                                                                monkeypatch):
+    file, trained, folder = tmp_path / "p.jsonl", [], strict if which else model
+    file.write_text("".join(line(dict(KINDS_OF_ROW[n], id=str(k))) + "\n" for k, n in enumerate(names)))
+    monkeypatch.setattr(cli, "make_trainer", lambda *a: trained.append(a) or (_ for _ in ()).throw(Refusal("stop here")))
+    checked = here("check-data", file, "--model", folder, *more)
+    done = here("train", "--model", folder, "--data", file, "--out", tmp_path / "out", *more)
+    assert (checked.returncode == 0) == bool(trained), (names, more, checked.stderr, done.stderr)
+    assert checked.returncode in (0, 2) and not (tmp_path / "out").exists()

@@ -313,6 +313,100 @@ def test_tools_within_the_replies_become_the_rows():
     assert "different tools" in refused(load_preferences, [row])
 
 
+# ------------------------------------------------------------ their neighbours
+
+def test_a_system_text_stands_once():
+    "Beside a system turn the column must say the same."
+    turn = {"role": "system", "content": "Be brief. "}
+    row = {"prompt": [turn, U(LONG)], "chosen": [A("good")], "rejected": [A("bad")]}
+    same = load_preferences([{**row, "system": "Be brief."}])[0]
+    assert "system" not in same and same["prompt"][0] == turn
+    other = {**row, "prompt": [turn, U(LONG)], "system": "Be long."}
+    said = refused(load_preferences, [other])
+    assert "row 1" in said and "two different system texts" in said
+    labelled = {"prompt": other["prompt"], "completion": [A("good")], "label": True}
+    assert "two different" in refused(load_any, [{**labelled, "system": "Be long."}])
+    alone = {**row, "prompt": [U(LONG)], "system": "Be long."}
+    assert load_preferences([alone])[0]["system"] == "Be long."
+
+
+def test_line_ends_of_two_systems_do_not_hide_the_same_prompt():
+    both = {k: [U("a\r\nb"), *v[1:]] for k, v in WHOLE.items()}
+    assert load_preferences([{"prompt": "a\nb", **both}])[0]["prompt"] == [U("a\r\nb")]
+
+
+@pytest.mark.parametrize("mark", ["\n\nHuman: ", "### Instruction:\n", "User: ", "[INST] ", "Q: "])
+def test_a_prompt_behind_a_speakers_mark_is_not_learned_as_reply(mark):
+    row = {"prompt": "Why?", **{k: f"{mark}Why?\n\nAssistant: {k}" for k in ("chosen", "rejected")}}
+    said = refused(load_preferences, [P, row])
+    assert "row 2" in said and "--repeats keep" in said and mark.strip().split()[0] in said
+    assert read_preferences([row], repeats="keep")[0]["chosen"] == row["chosen"]
+    one = {**row, "rejected": "No."}
+    assert load_preferences([one])[0]["chosen"] == row["chosen"]     # one quotes, the other not
+
+
+def test_chats_lose_a_repeated_prompt_only_where_every_row_repeats_it():
+    row = {"prompt": [U(LONG)], "chosen": f"{LONG} good", "rejected": f"{LONG}\nbad"}
+    prefs = load_preferences([row, row])
+    assert [prefs[0][k] for k in ("chosen", "rejected")] == [[A("good")], [A("bad")]]
+    assert prefs.counts["prompt taken off"] == 2 and "taken off" in prefs.notices[0]
+    other = {**row, "chosen": "good"}
+    assert load_preferences([row, other])[0]["chosen"] == [A(f"{LONG} good")]
+    text = as_chat(load_preferences([{**row, "prompt": LONG, "rejected": f"{LONG} bad"}])[0])
+    assert text["chosen"] == [A("good")] and text["rejected"] == [A("bad")]   # no blank goes along
+
+
+@pytest.mark.parametrize("write", [
+    lambda m: json.dumps(json.dumps(m)), lambda m: json.dumps([{"name": "x", **t} for t in m]),
+    lambda m: json.dumps([{"weight": 1, **t} for t in m], indent=1)])
+def test_messages_written_twice_or_with_other_keys_first_are_parsed(write):
+    found = load_preferences([{"prompt": LONG, **{k: write(v) for k, v in WHOLE.items()}}])[0]
+    assert [found[k][-1]["content"] for k in ("chosen", "rejected")] == ["good", "bad"]
+
+
+@pytest.mark.parametrize("reply", ['"{\'role\': 1}" is Python', '{"role": "admin"}', '["a", "b"]',
+                                   '"Yes", she said.', '{"a": "the role: user"}'])
+def test_text_that_only_quotes_is_text(reply):
+    assert load_preferences([{**P, "chosen": reply}])[0]["chosen"] == reply
+    said = refused(load_preferences, [{**P, "chosen": "[{'id': 1, 'role': 'user', 'content': 'a'}]"}])
+    assert "not JSON: Python's single quotes, not JSON's; write it with json.dumps" in said
+
+
+def test_a_single_row_of_messages_is_no_table_by_columns(tmp_path):
+    row = {"conversations": [{"from": "human", "value": "q"}], "chosen": G("a"), "rejected": G("b")}
+    for name, text in (("a.jsonl", json.dumps(row)), ("b.json", json.dumps(row, indent=1))):
+        (tmp_path / name).write_text(text)
+        assert load_preferences(tmp_path / name)[0]["chosen"] == [A("a")]
+    (tmp_path / "c.json").write_text(json.dumps({k: {"0": "a"} for k in ("prompt", "chosen", "rejected")}))
+    assert "a table by columns" in refused(load_preferences, tmp_path / "c.json")
+
+
+def test_a_rejected_reply_alone_beside_a_whole_conversation():
+    row = {"messages": WHOLE["chosen"], "rejected_messages": WHOLE["rejected"][-1:]}
+    assert load_preferences([row])[0]["prompt"] == WHOLE["chosen"][:-1]
+
+
+def test_history_as_messages_stands_behind_the_system_turn():
+    turn = {"role": "system", "content": "s"}
+    row = {"history": [U("a"), A("b")], "prompt": [turn, U("c")], "chosen": "d", "rejected": "e"}
+    prefs = load_preferences([row])
+    assert prefs[0]["prompt"] == [turn, U("a"), A("b"), U("c")]
+    assert "column history" in prefs.notices[0] and prefs.counts["history"] == 1
+
+
+@pytest.mark.parametrize("text,words", [
+    ('[{"prompt": "a",}]', "f.json:1: a comma before a closing bracket"),
+    ('[\n{"prompt": "a"},\n]', "f.json:3: a comma before"), ("// x\n{}\n{}", "f.json:1: a comment")])
+def test_the_commonest_slips_in_json_are_named(text, words, tmp_path):
+    (tmp_path / "f.json").write_text(text)
+    assert words in refused(load_preferences, tmp_path / "f.json")
+
+
+@pytest.mark.parametrize("w,l", [("accepted", "rejected"), ("pos", "neg"), ("positive", "negative")])
+def test_names_that_are_not_ours_are_asked_about(w, l):
+    assert f"chosen={w}" in refused(load_preferences, [{"prompt": "q", w: "a", l: "b"}])
+
+
 # ------------------------------------------------------------ columns (row 5)
 
 def test_columns_that_nothing_reads_are_named_once_with_the_nearest_name():

@@ -447,7 +447,7 @@ def test_help_lists_every_target():
 
 def test_the_readmes_code_runs_and_shows_what_it_says(tmp_path):
     text = readme.README.read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```\n+```\n(.*?)```", text, re.S)
+    blocks = re.findall(r"```python\n((?:(?!```).)*)```\n+```\n(.*?)```", text, re.S)
     assert blocks
     for code, shown in blocks:
         tree = ast.parse(code)

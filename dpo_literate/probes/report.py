@@ -18,7 +18,7 @@ from ..models import (adapter_base, load_model, load_tokenizer, put_on,
                                  resolve_model, weights_hash)
 from ..audit import check_preferences
 from ..preferences import as_chat
-from ..reading import load_preferences
+from ..reading import read_preferences
 from .base import ProbeReport
 from ..results import (Refusal, device_name, new_folder, to_json, versions,
                                   write_atomic)
@@ -111,7 +111,7 @@ def read_pairs(
 )->list|None:       # the first of them, as chats under a template; None without a file
     "Pairs to probe with."
     if file is None: return None
-    pairs = load_preferences(file)
+    pairs = read_preferences(file, kind="pairs")
     check_preferences(pairs, tokenizer).refuse(("identical",))
     some = [p for p in pairs if p["chosen"] != p["rejected"]][:MOST]
     if len(some) < 2:
@@ -266,6 +266,7 @@ def report_page(
 # %% ../../nbs/34_report.ipynb #d1837a05
 def _asked(args)->dict: # what the user asked for, for the card
     asked = {k: getattr(args, k) for k in ("model", "reference", "pairs", "quick", "seed")}
+    asked = {k: getattr(v, "source", v) for k, v in asked.items()}     # pairs that were read
     return {k: str(v) if isinstance(v, Path) else v for k, v in asked.items()}
 
 def main_probe(
