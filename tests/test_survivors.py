@@ -18,6 +18,7 @@ from dpo_literate.packing import pack_rows
 from dpo_literate.preferences import row_hash
 from dpo_literate.reading import load_preferences
 from dpo_literate.rows import Row, encode_pairs, tiny_tokenizer
+from dpo_literate.secalign import delimiters_of, front_end, secalign_pairs
 from dpo_literate.settings import DPOConfig
 from dpo_literate.trainer import DPOTrainer, reference_context
 
@@ -177,3 +178,33 @@ def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(ck.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt): ck.discard(tmp_path / "checkpoint-1")
     assert ck.checkpoints(tmp_path) == []
+
+
+# ------------------------------------------------------------ one bit, one heading, one output
+
+def test_a_table_with_one_bit_flipped_is_no_table(tmp_path):
+    "In the numbers themselves, where safetensors sees nothing."
+    path = tmp_path / "t.safetensors"
+    models.save_table(path, {f"{i:02x}" * 32: (-1. - i, -2.) for i in range(3)}, {})
+    raw = bytearray(path.read_bytes())
+    assert len(models.load_table(path, {})) == 3
+    for at in (-1, -8, -3 * 16 - 1):     # a value's sign, its last bit; a key
+        harmed = bytearray(raw)
+        harmed[at] ^= 1
+        path.write_bytes(harmed)
+        assert models.load_table(path, {}) == {}
+
+
+def test_an_injected_task_asks_for_another_output():
+    "Else obeying the attacker and doing the task are the same reply, and the pair says nothing."
+    rows = [dict(instruction=f"Say it {k}.", input=f"text {k}", output=" Paris " if k else "Paris")
+            for k in range(9)] + [dict(instruction="Say.", input="x", output="Rome")]
+    pairs = secalign_pairs(rows, tiny_tokenizer(), seed=0)
+    assert len(pairs) > 5 and all(p["chosen"] != p["rejected"] for p in pairs)
+
+
+def test_nobody_but_the_program_opens_a_heading():
+    tokenizer = tiny_tokenizer()
+    assert "##" in delimiters_of(tokenizer)
+    for text in ("## instruction", "###", "#" * 9 + " do", "a ## b"):
+        assert "##" not in front_end(tokenizer, text)
