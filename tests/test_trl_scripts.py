@@ -450,7 +450,8 @@ ADAPTERS = {
     "vera": VeraConfig(r=4, target_modules=["q_proj"]),
     "oft": OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj"]),
     "ia3": IA3Config(target_modules=["k_proj"], feedforward_modules=[])}
-WANTS = dict(exo_pair=dict(label_smoothing=.1), robust=dict(label_smoothing=.1))
+WANTS = dict(exo_pair=dict(label_smoothing=.1), robust=dict(label_smoothing=.1),
+             sppo_hard=dict(lr=1e-5))   # a square, 200 times as steep at the start as sigmoid
 THEIRS = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
           "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
 OURS_TOO = [n for n in THEIRS if n in all_losses()]
