@@ -310,6 +310,25 @@ def refuse_objections(pairs, args, tokenizer=None, allow:tuple=())->None:
     audit = check_preferences(pairs, tokenizer)
     audit.refuse((*args.allow, *allow), args.identical, args.control_text)
 
+# %% ../nbs/52_command_line.ipynb #9be17c30
+AWAY = re.compile("Connect|Offline|Timeout|NameResol|MaxRetry|gaierror|ProxyErr|TokenNotFound")
+LACKS = re.compile(r"'?([\w-]+)[^' ]*'? distribution was not found"
+                   r"|[Nn]o module named '([\w.]+)'")
+NEEDS = dict(push_to_hub="leave it out, and upload the folder later: hf upload NAME OUT",
+             report_to="leave it out, or choose a tracker that writes files (tensorboard)")
+
+def in_plain_words(e, said:str, settings:dict)->str|None:
+    "A sentence with a remedy, where the cause is one of the two."
+    chain = [e, e.__cause__, e.__context__]
+    if any(AWAY.search(type(x).__name__) for x in chain if x is not None):
+        blame = next((k for k in NEEDS if settings.get(k) not in (None, False, "none")), None)
+        why = "its network cannot be reached from here (offline, or no token: hf auth login)"
+        return f"{blame}={settings[blame]}: {why}; {NEEDS[blame]}" if blame else None
+    if found := LACKS.search(said):
+        name = (found[1] or found[2]).partition(".")[0]
+        blame = next((f"{k}={v}: " for k, v in settings.items() if name in (k, str(v))), "")
+        return f"{blame}the package {name} is not installed: pip install {name}"
+
 # %% ../nbs/52_command_line.ipynb #f69931b2
 @contextlib.contextmanager
 def until_the_first_step(
@@ -342,25 +361,6 @@ def sentence_of(
     named = any(LONG.get(k, k) in text for k in settings)
     given = ", ".join(f"{LONG.get(k, k)}={v}" for k, v in settings.items())
     return text if named or not given else f"{text} (settings given: {given})"
-
-# %% ../nbs/52_command_line.ipynb #9be17c30
-AWAY = re.compile("Connect|Offline|Timeout|NameResol|MaxRetry|gaierror|ProxyErr|TokenNotFound")
-LACKS = re.compile(r"'?([\w-]+)[^' ]*'? distribution was not found"
-                   r"|[Nn]o module named '([\w.]+)'")
-NEEDS = dict(push_to_hub="leave it out, and upload the folder later: hf upload NAME OUT",
-             report_to="leave it out, or choose a tracker that writes files (tensorboard)")
-
-def in_plain_words(e, said:str, settings:dict)->str|None:
-    "A sentence with a remedy, where the cause is one of the two."
-    chain = [e, e.__cause__, e.__context__]
-    if any(AWAY.search(type(x).__name__) for x in chain if x is not None):
-        blame = next((k for k in NEEDS if settings.get(k) not in (None, False, "none")), None)
-        why = "its network cannot be reached from here (offline, or no token: hf auth login)"
-        return f"{blame}={settings[blame]}: {why}; {NEEDS[blame]}" if blame else None
-    if found := LACKS.search(said):
-        name = (found[1] or found[2]).partition(".")[0]
-        blame = next((f"{k}={v}: " for k, v in settings.items() if name in (k, str(v))), "")
-        return f"{blame}the package {name} is not installed: pip install {name}"
 
 # %% ../nbs/52_command_line.ipynb #c0afe9b7
 LORA_RATE = 2e-4   # learns in an epoch or two; the trainer's own default is for all weights

@@ -6,11 +6,13 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -582,6 +584,28 @@ def test_measuring_on_the_training_pairs_is_refused(model, tmp_path):
     assert not (tmp_path / "out").exists()
     done = here(*call, "--eval-data", some, "--allow", "overlap")
     assert done.returncode == 0 and "1 of 2 eval prompts stand in train too" in done.stdout
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_six_lines_are_lines_of_today():
+    lines = re.findall(r"^dpo-literate (.+?)(?: *#.*)?$", README, re.M)
+    said = [cli.parse(shlex.split(words)) for words in lines]
+    assert [name for name, _ in said] == ["check-data", "train", "generate", "merge"]
+    assert said[1][1].lora_r == 16 and said[2][1].model == said[1][1].out == said[3][1].model
+
+
+def test_the_readmes_script_trains(model, tmp_path, monkeypatch):
+    "Eight lines behind its imports, on the tiny model."
+    monkeypatch.chdir(tmp_path)
+    pairs(tmp_path / "mine.jsonl", 8)
+    blocks = re.findall(r"```python\n((?:(?!```).)*)```", README, re.S)
+    script = next(b for b in blocks if "read_preferences" in b)
+    assert len(script.split("\n\n")[1].splitlines()) <= 8 and '"bundled"' in script
+    exec(script.replace('"bundled"', repr(str(model))), {})
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert here("generate", "--model", "out", "--prompt", "dish 1").returncode == 0
 
 
 # ---------------------------------------------------------------- the same door in every command

@@ -115,7 +115,7 @@ def read_pairs(
     check_preferences(pairs, tokenizer).refuse(("identical",))
     some = [p for p in pairs if p["chosen"] != p["rejected"]][:MOST]
     if len(some) < 2:
-        raise Refusal(f"{file}: {len(some)} pairs of two different replies; "
+        raise Refusal(f"{pairs.source}: {len(some)} pairs of two different replies; "
                       "at least 2 are needed")
     return [as_chat(p) for p in some] if tokenizer.chat_template else some
 
