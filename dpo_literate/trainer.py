@@ -18,8 +18,8 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from .card import CardFacts, Reading, model_card
 from .experts import balance_of
 from .inputs import (RowSet, as_batch, check_arguments, check_ids, check_overrides,
-    check_policy, encode_sets, fit_rows, in_columns, make_policy, prepare_rows, rows_of_a_step,
-    run_date, start_tolerance, through_collator, tokenizer_of, with_padding)
+    check_policy, encode_sets, eyes_of, fit_rows, in_columns, make_policy, prepare_rows,
+    rows_of_a_step, run_date, start_tolerance, through_collator, tokenizer_of, with_padding)
 from .logps import unwrapped
 from .losses import get_loss
 from .models import (AdapterOff, CachedReference, FrozenReference, MovingReference,
@@ -100,6 +100,8 @@ def in_pieces(
 # %% ../nbs/10d_trainer.ipynb #e3dd3631
 class PreferenceTrainer(TransformersPort, Trainer):
     "`transformers.Trainer` around a `PreferenceStep`, whatever is preferred."
+    eyes = None # what sees the rows' pictures, page 23
+
     def __init__(self,
         model, args,        # what learns; a `PreferenceConfig`
         rows:list,          # of the training set
@@ -158,6 +160,7 @@ class PreferenceTrainer(TransformersPort, Trainer):
         with step.autocast():
             step.layout = choose_layout(self.acting_model, self.rows, a.layout, a.capacity,
                                         pad_id(self), step.team, self.layout_check)
+        if self.eyes: step.layout = self.eyes.layout(step.layout)
         if step.layout.why_padded: self.accelerator.print(step.layout.why_padded)
         self.begun, step.reference = True, make_reference(self)
         self.start_probe()
@@ -409,6 +412,7 @@ class DPOTrainer(PreferenceTrainer):
         args = args or DPOConfig("runs/dpo")
         check_arguments(args, train_dataset)
         tokenizer = with_padding(processing_class or tokenizer_of(model, args), args)
+        self.eyes = eyes_of(tokenizer)   # what sees the rows' pictures, page 23
         rows, evals, counts, notes = encode_sets(train_dataset, eval_dataset, tokenizer, args,
                                                  data_collator)
         self.collator = data_collator
@@ -418,9 +422,12 @@ class DPOTrainer(PreferenceTrainer):
         if args.disable_dropout: no_dropout(policy)
         balance = balance_of(policy, args.router_aux_loss_coef, args.layout)
         objective = objective_of(args)
-        scorer = Scorer(extras_of(objective) + TOKEN_EXTRAS * args.token_metrics)
+        extras = extras_of(objective) + TOKEN_EXTRAS * args.token_metrics
+        scorer = self.eyes.scorer(extras) if self.eyes else Scorer(extras)
+        if self.eyes: self.eyes.check_run(policy, args, data_collator, compute_metrics)
         super().__init__(policy, args, rows, objective, scorer, evals, tokenizer, ref_model,
                          reference_mode(args, policy, ref_model), counts, notes,
+                         layout_check=self.eyes and self.eyes.check,
                          start_tolerance=start_tolerance(args),
                          terms=(*terms, *balance),
                          callbacks=callbacks, optimizers=optimizers,
