@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LORA_RATE', 'CUT', 'MEASURE', 'NOTED', 'MERGE_TOLERANCE', 'OLD', 'PAPER', 'ASKS', 'COMMANDS', 'TrainOptions',
            'CheckOptions', 'GenerateOptions', 'MergeOptions', 'LossesOptions', 'RewardTrainOptions', 'PPOOptions',
-           'FrontierOptions', 'ProbeOptions', 'AttackOptions', 'HierarchyOptions', 'check_data', 'check_rows',
-           'read_pairs', 'mapping_of', 'as_asked', 'cutting', 'complain', 'quiet', 'early_refusals', 'check_place',
-           'read_both', 'refuse_objections', 'until_the_first_step', 'sentence_of', 'is_adapter', 'make_config',
-           'tokenizer_for', 'encode_both', 'encoded', 'adapter_of', 'make_trainer', 'opening_line', 'rate_line',
-           'steps_of', 'lines_of', 'line_of', 'measured', 'closing_line', 'nothing_learned', 'train', 'finish',
-           'compares', 'note_command', 'facts_of', 'generate', 'replies_to', 'shown_reply', 'merge', 'losses',
+           'FrontierOptions', 'ProbeOptions', 'AttackOptions', 'HierarchyOptions', 'PairsOptions', 'check_data',
+           'check_rows', 'read_pairs', 'mapping_of', 'as_asked', 'cutting', 'complain', 'quiet', 'early_refusals',
+           'check_place', 'read_both', 'refuse_objections', 'until_the_first_step', 'sentence_of', 'is_adapter',
+           'make_config', 'tokenizer_for', 'encode_both', 'encoded', 'adapter_of', 'make_trainer', 'opening_line',
+           'rate_line', 'steps_of', 'lines_of', 'line_of', 'measured', 'closing_line', 'nothing_learned', 'train',
+           'finish', 'compares', 'note_command', 'facts_of', 'generate', 'replies_to', 'shown_reply', 'merge', 'losses',
            'loss_text', 'demo', 'probe', 'reward_train', 'check_files', 'later', 'Command', 'options_of', 'Strict',
            'parser', 'usage_of', 'parse', 'settings_for', 'refuse_unknown', 'options', 'defaults_of', 'recipe_of',
            'main', 'verify_asked', 'said', 'hushed']
@@ -184,6 +184,32 @@ class HierarchyOptions:
     max_new_tokens:int=24    # most tokens of a reply
     batch_size:int=32        # prompts at a time
     verify:bool=False        # check the files of --model against their manifest
+
+# %% ../nbs/52_command_line.ipynb #5b1e77a0
+@dataclass
+class PairsOptions:
+    "Of `pairs`."
+    out:str                    # the new .jsonl file of pairs
+    from_votes:str|None=None   # a file of replies with scores: thread, reply, score (page 26)
+    from_ranks:str|None=None   # a file of ranked replies: prompt, ranked (page 26a)
+    from_reward:str|None=None  # vader, or module:function, on replies of --model
+    from_failures:str|None=None # loop, json or tool: replies of --model that fail (page 27)
+    model:str="bundled"        # whose replies: as for train
+    prompts:str|None=None      # a file of prompts; .jsonl may hold the right reply as "truth"
+    columns:dict|None=None     # our names = yours: thread=question_id score=upvotes
+    gap:float=1.               # votes: least difference of a pair
+    top:float=0.               # votes: the chosen is at or above this percentile of its thread
+    bottom:float=1.            # votes: the rejected is at or below this one
+    most:int=0                 # votes: pairs of a thread at most; 0: all
+    partial_out:bool=False     # votes: compare what views, time and length leave unexplained
+    which:Literal["all", "neighbours", "best_worst"]="all" # ranks: which pairs of a list
+    schema:str|None=None       # json: a file with the JSON Schema of a reply
+    tools:str|None=None        # tool: a file with the list of tools
+    per_prompt:int=3           # replies drawn to a prompt, beside the greedy one
+    max_new_tokens:int=128     # most tokens of a reply
+    temperature:float=.9       # of the replies drawn
+    seed:int=0                 # likewise
+    allow:list=()              # faults to accept, as for train
 
 # %% ../nbs/52_command_line.ipynb #69641de5
 def check_data(
@@ -777,7 +803,8 @@ def check_files(args)->None:
     "Models and files that a command names must be there; a name of the hub is left to the hub."
     for name in ("model", "reference"):
         if place := getattr(args, name, None): check_place(place)
-    for name in ("data", "eval", "pairs", "prompts", "tasks"):
+    for name in ("data", "eval", "pairs", "prompts", "tasks", "from_votes", "from_ranks", "schema",
+                 "tools"):
         path = getattr(args, name, None)
         if isinstance(path, str) and Path(path).suffix and not Path(path).exists():
             raise Refusal(f"{path}: no such file or folder")
@@ -837,6 +864,8 @@ COMMANDS = {
     "hierarchy-eval": Command("whom a model obeys when the authors of a prompt disagree",
                               functools.partial(later, "hierarchy_eval.main_hierarchy"),
                               ("cli.HierarchyOptions",), None, ASKS),
+    "pairs": Command("make pairs of votes, of rankings, by a reward or of own failures",
+                     functools.partial(later, "failures.main_pairs"), ("cli.PairsOptions",)),
     "attack": Command("how often a model obeys what a stranger wrote into its data",
                       functools.partial(later, "attacks.main_attack"),
                       ("cli.AttackOptions",), None, dict(max_new_tokens="limit"))}

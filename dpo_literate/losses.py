@@ -47,7 +47,8 @@ def dpo_loss(
 INPUTS = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps",
           "chosen_lengths", "rejected_lengths", "offset", "chosen_wpo", "rejected_wpo", "gap_mean",
           "policy_logps", "ref_logps", "label", "z0", "reward_mean",
-          "prompt_logps", "prompt_lengths")
+          "prompt_logps", "prompt_lengths",
+          "policy_between_logps", "ref_between_logps", "between_mask")
 
 # %% ../nbs/04_losses.ipynb #49d98a3d
 DERIVED:dict[str,tuple] = {}  # name -> its inputs, and how; φ is the identity until (4.5)
@@ -209,7 +210,7 @@ def register_loss(
     return enter
 
 # %% ../nbs/04_losses.ipynb #8d3b537b
-LATER = ("variants", "departures")   # imported at the first name that is not found
+LATER = ("variants", "departures", "rankings")   # imported at the first name that is not found
 
 def all_losses(
 )->dict[str,Loss]: # `LOSSES`, complete

@@ -61,6 +61,7 @@ def columns_of(
     like, alone = logps.sums, getattr(piece.rows[0], "label", None) is not None
     def column(values): return torch.tensor(list(values), dtype=like.dtype, device=like.device)
     found = (reply_columns if alone else pair_columns)(logps, piece, ref, column)
+    if hasattr(logps, "more_columns"): found |= logps.more_columns(ref)  # lists, see page 26
     return found | token_columns(logps, piece) | dict(
         weight=column(getattr(r, "weight", 1.) for r in piece.rows),
         real=column(not is_filler(r) for r in piece.rows))

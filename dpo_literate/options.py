@@ -93,7 +93,7 @@ def has_class(module:str, cls:str)->bool: # does this module of the package defi
 def loss_names()->dict[str,str]: # every name of a loss, aliases too, and what it is registered as
     "The names in `LOSSES`, without importing one."
     found = {}
-    for module in ("losses", "variants", "departures"):
+    for module in ("losses", "variants", "departures", "rankings"):
         text = source_of(module)
         found |= {n: n for n in re.findall(r'register_loss\(\s*"(\w+)"', text)}
         for node in ast.parse(text).body:
