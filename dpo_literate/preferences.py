@@ -341,7 +341,6 @@ def _check_turns(pair, where, replies=("chosen", "rejected")):
         raise Refusal(f"{where}: the prompt ends with an assistant turn; "
                       "shared beginnings go into `prefix`")
 
-# %% ../nbs/05_preferences.ipynb #c4a81e36
 def _one_system(pair, where):
     "The pair with its system text in one place."
     first = pair["prompt"][0] if isinstance(pair["prompt"], list) else {}
