@@ -114,7 +114,7 @@ RESTS_TOO = dict(
     ddp_broadcast_buffers=True, ddp_static_graph=True, ddp_timeout=5, do_train=True,
     do_eval=True, do_predict=True, hub_model_id="x", hub_strategy="end", hub_always_push=True,
     hub_revision="x", hub_private_repo=True, other_reference=True, score_tail=True,
-    truncation_mode="keep_end", identical="refuse", pad_token="<s>", dataset_num_proc=2,
+    truncation_mode="keep_end", identical="refuse", dataset_num_proc=2,
     pad_to_multiple_of=8, activation_offloading=True, auto_find_batch_size=True,
     use_liger_kernel=True, liger_kernel_config=dict(rope=False), torch_compile=True,
     precompute_ref_batch_size=2, padding_free=True, skip_memory_metrics=False, fp16_full_eval=True)
@@ -129,6 +129,7 @@ NOT_HERE = {
         "undesirable_weight",
     "of a model given by name: `policy` of the identity": "model_init_kwargs",
     "of models with routers": "router_aux_loss_coef",
+    "part of the tokenizer, whose hash the identity holds": "pad_token",
     "which rows are refused; the data's hash has those that are kept": "allow control_text",
     "stops or reports": "debug"}
 
