@@ -9,7 +9,7 @@ import json
 import sys
 import time
 
-from dpo_literate.results import Refusal, bootstrap_interval, data_dir
+from dpo_literate.results import Refusal, data_dir, load_result, mean_interval, save_claims
 from dpo_literate.runs import Stages
 
 
@@ -76,18 +76,11 @@ def below(x=0.0):
 
 
 def claim_row(claim, source, paper, values, verdict, **more):
-    "A row of a claims table about a mean over seeds; `more` holds its setup, seeds and command."
-    low, high = bootstrap_interval(values)
-    return dict(
-        claim=claim,
-        source=source,
-        paper_figure=paper,
-        ours=sum(values) / len(values),
-        low=low,
-        high=high,
-        verdict=verdict(low, high),
-        **more,
-    )
+    "A row of a claims table about a mean over seeds; `more`: its setup, seeds and command."
+    low, high = mean_interval(values)
+    return dict(claim=claim, source=source, paper_figure=paper, ours=sum(values) / len(values),
+                low=low, high=high, **more,
+                verdict=verdict(low, high) if high - low > 1e-9 else "cannot tell")  # no spread
 
 
 def polite_pairs():
@@ -126,12 +119,27 @@ def options(doc, seeds=None):
         action="store_true",
         help="write the results and the claims table from the finished cells",
     )
+    parser.add_argument(
+        "--judge",
+        action="store_true",
+        help="write the claims table anew from the committed results",
+    )
     return parser
 
 
-def run_or_record(args, configs, run, record):
-    "Work on the cells, or gather them; the exit code."
+def recorded(name):
+    "Values of a committed result, and the seeds they are of."
+    found = load_result(name, quiet=True)
+    return found, found["_provenance"]["seed"]
+
+
+def run_or_record(args, configs, run, record, judge=None):
+    "Work on the cells, gather them, or judge the record anew; the exit code."
     try:
+        if args.judge:
+            if judge is None: raise Refusal("there is nothing to judge anew: use --record")
+            save_claims(*judge())
+            return 0
         todo = configs()
         if args.record: record(todo); return 0
         left = run(todo, args.minutes)

@@ -16,7 +16,6 @@ import statistics
 
 import torch
 from cells import above, gathered, options, run_or_record, seconds_of, seeds_of, work
-from scipy.stats import t as student
 
 from dpo_literate.align import distinct
 from dpo_literate.community import (Vote, agreement, by_thread, confounds_of, partial_out,
@@ -24,7 +23,8 @@ from dpo_literate.community import (Vote, agreement, by_thread, confounds_of, pa
                                     vote_pairs, words)
 from dpo_literate.models import load_model, load_tokenizer
 from dpo_literate.packing import pack_rows, packed_reply_logps
-from dpo_literate.results import Refusal, data_dir, repo_dir, save_claims, save_result
+from dpo_literate.results import (Refusal, data_dir, mean_interval, repo_dir, save_claims,
+                                  save_result)
 from dpo_literate.rows import encode_pairs
 from dpo_literate.sampling import decoder, greedy, prompt_tokens, sampling_dtype
 
@@ -195,11 +195,9 @@ def shown(v): return (f"{v['train']} pairs, {v['held']} held out: accuracy "
 # ------------------------------------------------------------ the record
 
 def t_interval(values):
-    "Mean over seeds and Student's 95 % interval; ends are None for one seed."
-    n, mean = len(values), statistics.mean(values)
-    if n < 2: return mean, None, None
-    half = student.ppf(.975, n - 1) * statistics.stdev(values) / n**.5
-    return mean, mean - half, mean + half
+    "Mean over seeds and its interval; ends are None for one seed."
+    ends = mean_interval(values) if len(values) > 1 else (None, None)
+    return statistics.mean(values), *ends
 
 
 def claim(name, figure, found, verdict, more):

@@ -20,7 +20,6 @@ from functools import cache, partial
 import torch
 from cells import (above, below, by_seed, gathered, options, run_or_record, seconds_of, seeds_of,
                    work)
-from scipy import stats
 from torch.utils.checkpoint import checkpoint
 
 from dpo_literate.drpo import PUBLISHED
@@ -28,7 +27,7 @@ from dpo_literate.one_step import (Encoder, Scene, align, color_coverage, compre
                                    draw_prompts, drpo_loss, load_emoji, measure, new_source,
                                    raw_features, reward_gradient_loss, stage_features, train_base,
                                    train_encoder, word_logps, word_rank)
-from dpo_literate.results import repo_dir, save_claims, save_result
+from dpo_literate.results import mean_interval, repo_dir, save_claims, save_result
 from dpo_literate.runs import digest
 
 CELLS = repo_dir() / "runs" / "drpo"
@@ -211,10 +210,8 @@ def run(todo, minutes):
 
 
 def interval(values):
-    "Mean over seeds with its 95 % interval (Student's t)."
-    mean = statistics.mean(values)
-    low, high = stats.t.interval(.95, len(values) - 1, mean, stats.sem(values))
-    return mean, low, high
+    "Mean over seeds with its 95 % interval."
+    return statistics.mean(values), *mean_interval(values)
 
 
 def gap(cells, metric, one, other="base"):

@@ -15,13 +15,12 @@ import statistics
 
 import torch
 from cells import above, below, gathered, options, run_or_record, seconds_of, seeds_of, work
-from scipy.stats import t as student
 
 from dpo_literate.align import distinct
 from dpo_literate.failures import failure_pairs, json_fault, loop_fault
 from dpo_literate.logps import pad_rows, reply_logps
 from dpo_literate.models import load_model, load_tokenizer
-from dpo_literate.results import repo_dir, save_claims, save_result
+from dpo_literate.results import mean_interval, repo_dir, save_claims, save_result
 from dpo_literate.rows import encode_pairs
 from dpo_literate.runs import Stages
 from dpo_literate.sampling import decoder, greedy, prompt_tokens, sample, sampling_dtype
@@ -197,11 +196,9 @@ COMMAND = "python benchmarks/failures.py --record --seeds {}"
 
 
 def t_interval(values):
-    "Mean over seeds and Student's 95 % interval; ends are None for one seed."
-    n, mean = len(values), statistics.mean(values)
-    if n < 2: return mean, None, None
-    half = student.ppf(.975, n - 1) * statistics.stdev(values) / n**.5
-    return mean, mean - half, mean + half
+    "Mean over seeds and its interval; ends are None for one seed."
+    ends = mean_interval(values) if len(values) > 1 else (None, None)
+    return statistics.mean(values), *ends
 
 
 def claim(name, source, figure, values, verdict, more):

@@ -15,8 +15,8 @@ import sys
 from collections import Counter
 
 import torch
-from cells import (above, by_seed, claim_row, gathered, options, run_or_record, seconds_of,
-                   seeds_of, work)
+from cells import (above, by_seed, claim_row, gathered, options, recorded, run_or_record,
+                   seconds_of, seeds_of, work)
 
 from dpo_literate.gw_dpo import (add_delimiters, add_segments, hierarchy_policy,
                                  hierarchy_rows, keep_marks, load_hierarchy, save_hierarchy,
@@ -30,6 +30,7 @@ from dpo_literate.runs import digest
 from dpo_literate.trainer import DPOConfig, DPOTrainer
 
 CELLS = repo_dir() / "runs" / "hierarchy"
+COMMAND = "python benchmarks/hierarchy.py --record"
 LORA = dict(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 BASE = dict(save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1,
             lr_scheduler_type="cosine", num_train_epochs=1, bf16=True, max_length=None)
@@ -175,7 +176,7 @@ def shown(values):
 # ------------------------------------------------------------ the record
 
 def record(todo):
-    cells, command = gathered(todo, CELLS), "python benchmarks/hierarchy.py --record"
+    cells, command = gathered(todo, CELLS), COMMAND
     seeds = seeds_of(cells)
     names = list(dict.fromkeys(c["config"]["arm"] for c in cells))
     def of(arm, name): return [v[name] for v in by_seed(cells, arm=arm)]
@@ -203,6 +204,13 @@ def corner(pairs_won):
     rising = [v for pair, v in pairs_won.items() if pair in ("01", "12")]
     others = [v for pair, v in pairs_won.items() if pair not in ("01", "12")]
     return sum(rising) / 2 - sum(others) / 8
+
+
+def judge():
+    "Page, and its claims, from the committed record."
+    found, seeds = recorded("hierarchy")
+    def of(arm, name): return found["arms"][arm][name]
+    return "hierarchy", claims(of, seeds, COMMAND)
 
 
 def claims(of, seeds, command):
@@ -242,7 +250,7 @@ def claims(of, seeds, command):
 def main(argv=None):
     args = options(__doc__, [0, 1, 2]).parse_args(argv)
     def run(todo, minutes): return work(todo, CELLS, run_cell, shown, minutes)
-    return run_or_record(args, lambda: configs(args.seeds), run, record)
+    return run_or_record(args, lambda: configs(args.seeds), run, record, judge)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -19,7 +19,7 @@ import time
 
 import torch
 from cells import (above, below, by_seed, claim_row, gathered, made, options, polite_pairs,
-                   run_or_record, seconds_of, seeds_of, work)
+                   recorded, run_or_record, seconds_of, seeds_of, work)
 
 from dpo_literate.models import load_model, load_tokenizer
 from dpo_literate.probes.calibration import aurc, auroc, brier, ece, selective_honesty
@@ -131,6 +131,14 @@ def record(todo):
     save_claims("honesty", claims(change, dict(seeds=seeds, command=COMMAND)))
 
 
+def judge():
+    "Page, and its claims, from the committed record."
+    found, seeds = recorded("honesty")
+    def change(arm, name):
+        return [a - b for a, b in zip(found["after"][arm][name], found["before"][name])]
+    return "honesty", claims(change, dict(seeds=seeds, command=COMMAND))
+
+
 def claims(change, how):
     setup = (f"SmolLM2-135M-Instruct, {FULL['train']} pairs, 1 epoch, "
              f"lr {SETTINGS['learning_rate']:g}; {len(shipped_questions())} questions of the book")
@@ -180,7 +188,7 @@ def main(argv=None):
     todo = (lambda: []) if args.truthfulqa else lambda: configs(args.seeds, size)
     def run_cells(todo, minutes): return work(todo, CELLS, run, shown, minutes)
     save = (lambda todo: print(record_truthfulqa())) if args.truthfulqa else record
-    return run_or_record(args, todo, run_cells, save)
+    return run_or_record(args, todo, run_cells, save, judge)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -23,7 +23,7 @@ import time
 
 import torch
 from cells import (above, below, by_seed, claim_row, gathered, options, polite_pairs,
-                   run_or_record, seconds_of, seeds_of, work)
+                   recorded, run_or_record, seconds_of, seeds_of, work)
 
 from dpo_literate.models import load_model, load_tokenizer
 from dpo_literate.results import Refusal, data_dir, repo_dir, save_claims, save_result
@@ -165,6 +165,14 @@ def record_displacement(configs):
     save_claims("displacement", displacement_claims(of, dict(seeds=seeds, command=command)))
 
 
+def judge_displacement():
+    found, seeds = recorded("displacement")
+    def of(arm, kind, name):
+        return found["ches"][name] if arm == "CHES" else found["arms"][kind][arm][name]
+    how = dict(seeds=seeds, command=COMMAND.format("displacement"))
+    return "displacement", displacement_claims(of, how)
+
+
 def displacement_claims(of, how):
     setup = (f"SmolLM2-135M-Instruct, {TRAIN} polite pairs, 1 epoch, "
              f"lr {SETTINGS['learning_rate']:g}, {HELD} held out")
@@ -273,6 +281,12 @@ def record_tdi(configs):
     save_claims("tdi", tdi_claims(of, dict(seeds=seeds, command=command)))
 
 
+def judge_tdi():
+    found, seeds = recorded("tdi")
+    def of(arm, name): return found["arms"][arm][name]
+    return "tdi", tdi_claims(of, dict(seeds=seeds, command=COMMAND.format("tdi")))
+
+
 def tdi_claims(of, how):
     setup = (f"SmolLM2-135M-Instruct, {TRAIN} polite pairs, 1 epoch, "
              f"lr {SETTINGS['learning_rate']:g}; {CONTENTS} held-out answers in "
@@ -375,6 +389,16 @@ def record_refusal(configs):
     save_claims("refusal", refusal_claims(at, dict(seeds=seeds, command=command)))
 
 
+def judge_refusal():
+    found, seeds = recorded("refusal")
+    labels = dict(before="before", **{f"refuse{e}": f"refuse, {e} epoch{'s' * (e > 1)}"
+                                      for e in EPOCHS})
+    def at(arm, epochs, name):
+        label = labels.get(f"{arm}{epochs}", labels.get(arm, arm))
+        return found["states"][label][name]
+    return "refusal", refusal_claims(at, dict(seeds=seeds, command=COMMAND.format("refusal")))
+
+
 def refusal_claims(at, how):
     setup = (f"SmolLM2-135M-Instruct, 24 safety pairs, lr {SAFETY['learning_rate']:g}, β 0.1, "
              f"2 epochs unless said; 24 held-out prompts a side, {LIMIT} tokens")
@@ -446,7 +470,8 @@ def main(argv=None):
     def chosen():
         return [c for c in configs(args.seeds or list(seeds)) if every or c["arm"] in args.arms]
     def run(todo, minutes): return work(todo, folder_of(args.page), cell, summary, minutes)
-    return run_or_record(args, chosen, run, record)
+    judge = dict(displacement=judge_displacement, tdi=judge_tdi, refusal=judge_refusal)
+    return run_or_record(args, chosen, run, record, judge.get(args.page))
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -15,7 +15,6 @@ import sys
 
 import torch
 from cells import above, by_seed, gathered, options, run_or_record, seconds_of, seeds_of, work
-from scipy.stats import t as student
 from torch.nn.functional import one_hot
 
 from dpo_literate.recommend import (SIGNALS, Picker, WorldModel, copy_loss, correction_pairs,
@@ -26,7 +25,7 @@ from dpo_literate.recommend_eval import (HOSTILE, doubly_robust, effective_size,
                                          fixed_policy, hostile, implicit_factors,
                                          popularity_scores, rating_features, read_log, snips,
                                          variety)
-from dpo_literate.results import repo_dir, save_claims, save_result
+from dpo_literate.results import mean_interval, repo_dir, save_claims, save_result
 
 COMMAND = "python benchmarks/recommend.py --legs songs world --record"
 CELLS = repo_dir() / "runs" / "recommend"
@@ -198,10 +197,8 @@ def logged_part(pickers, plays, world, judge):
 # ------------------------------------------------------------ the record
 
 def mean_of(values):
-    "Mean over seeds, with Student's interval."
-    x = torch.tensor(values, dtype=torch.float64)
-    half = student.ppf(.975, len(x) - 1) * x.std().item() / len(x)**.5
-    return [x.mean().item(), x.mean().item() - half, x.mean().item() + half]
+    "Mean over seeds, with its interval."
+    return [sum(values) / len(values), *mean_interval(values)]
 
 
 def minus(a, b): return mean_of([x - y for x, y in zip(a, b)])

@@ -19,13 +19,13 @@ from collections import defaultdict
 from contextlib import nullcontext
 
 import torch
-from cells import (above, below, by_seed, gathered, options, run_or_record, seconds_of,
-                   seeds_of, work)
+from cells import (above, below, by_seed, gathered, options, recorded, run_or_record,
+                   seconds_of, seeds_of, work)
 
 from dpo_literate.attacks import ATTACKS, DEFENCES, asr, attack_suite, gcg_attacks, utility
 from dpo_literate.hierarchy_eval import share_interval
 from dpo_literate.models import load_model, load_tokenizer
-from dpo_literate.results import (Refusal, bootstrap_interval, data_dir, repo_dir, save_claims,
+from dpo_literate.results import (Refusal, data_dir, mean_interval, repo_dir, save_claims,
                                   save_result, write_atomic)
 from dpo_literate.runs import digest
 from dpo_literate.secalign import PLACES, own_replies, secalign_pairs
@@ -239,7 +239,7 @@ def worst(of, arm, kind="begin"):
     return [won / n, *share_interval(won, n)]
 
 
-def mean_of(values): return [sum(values) / len(values), *bootstrap_interval(values)]
+def mean_of(values): return [sum(values) / len(values), *mean_interval(values)]
 
 
 def minus(a, b): return mean_of([x - y for x, y in zip(a, b)])
@@ -247,6 +247,13 @@ def minus(a, b): return mean_of([x - y for x, y in zip(a, b)])
 
 SETUP = (f"SmolLM2-135M-Instruct, {SETTINGS['train']} tasks, {SETTINGS['held']} held-out tasks a "
          f"seed, {len(ATTACKS)} attacks")
+
+
+def judge():
+    "Page, and its claims, from the committed record."
+    found, seeds = recorded("secalign")
+    def of(arm, name): return found["arms"][arm][name]
+    return "secalign", claims(of, seeds)
 
 
 def claims(of, seeds):
@@ -293,7 +300,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     def configs(): return [config_of(arm, seed) for seed in args.seeds for arm in args.arms]
     def run(todo, minutes): return work(todo, CELLS, cell, shown, minutes)
-    return run_or_record(args, configs, run, record)
+    return run_or_record(args, configs, run, record, judge)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -1916,6 +1916,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'dpo_literate.results.fsync': ('results.html#fsync', 'dpo_literate/results.py'),
                                       'dpo_literate.results.hold': ('results.html#hold', 'dpo_literate/results.py'),
                                       'dpo_literate.results.load_result': ('results.html#load_result', 'dpo_literate/results.py'),
+                                      'dpo_literate.results.mean_interval': ('results.html#mean_interval', 'dpo_literate/results.py'),
                                       'dpo_literate.results.new_folder': ('results.html#new_folder', 'dpo_literate/results.py'),
                                       'dpo_literate.results.provenance': ('results.html#provenance', 'dpo_literate/results.py'),
                                       'dpo_literate.results.repo_dir': ('results.html#repo_dir', 'dpo_literate/results.py'),

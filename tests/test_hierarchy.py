@@ -659,7 +659,8 @@ def test_a_record_waits_for_every_cell_and_judges_by_the_interval(bench, monkeyp
     monkeypatch.setattr(bench, "save_result", keep)
     monkeypatch.setattr(bench, "save_claims", lambda page, rows: kept.update(rows=rows))
     def write(c, shift): cells.made(bench.CELLS, c, lambda _: pretended(shift))
-    for c in todo[:-1]: write(c, .2 * (c["arm"] == "bilateral") + .01 * c["seed"])
+    for c in todo[:-1]:
+        write(c, (.2 + .02 * c["seed"]) * (c["arm"] == "bilateral") + .01 * c["seed"])
     with pytest.raises(Refusal, match="1 cells are missing"): bench.record(todo)
     write(todo[-1], .02)
     bench.record(todo)
@@ -668,8 +669,8 @@ def test_a_record_waits_for_every_cell_and_judges_by_the_interval(bench, monkeyp
     assert verdicts["bilateral has a higher macro PPA than DPO"] == "held"
     # here bilateral refuses more than without calibration
     assert verdicts["calibration rows lower over-refusal, phrase list"] == "did not hold"
-    # equal cells: the interval is 0 to 0
-    assert verdicts["DPO raises macro PPA over supervised training"] == "too small to tell"
+    # equal cells have no spread
+    assert verdicts["DPO raises macro PPA over supervised training"] == "cannot tell"
 
 
 def test_an_arm_waits_for_its_supervised_model(bench):

@@ -1,10 +1,10 @@
 "Recorded results: schema, use, and what a reader of 00b_results would skip."
-import json, os, re, signal, subprocess, sys, time
+import importlib, json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from dpo_literate import results
 from dpo_literate.results import (FIELDS, ClaimsTable, Refusal, bootstrap_interval, claims_table,
-                                  data_dir, load_result,
+                                  data_dir, load_result, mean_interval,
                                   repo_dir, result_problems, save_claims, save_result, write_atomic)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +28,33 @@ def save(name="r", values=None, **kw):
 
 def test_recorded_results_are_in_order():
     assert {p.name: found for p in RECORDED if (found := result_problems(p))} == {}
+
+
+JUDGES = {"hierarchy": ("hierarchy", "judge"), "secalign": ("secalign", "judge"),
+          "honesty": ("honesty", "judge"), "displacement": ("probes", "judge_displacement"),
+          "tdi": ("probes", "judge_tdi"), "refusal": ("probes", "judge_refusal")}
+
+
+@pytest.mark.parametrize("page", JUDGES)
+def test_verdicts_follow_from_their_record(page):
+    "Every committed row of these pages is what the rule of page 00b makes of the committed values."
+    script, judge = JUDGES[page]
+    name, rows = getattr(importlib.import_module(script), judge)()
+    committed = json.loads((ROOT / "nbs" / "results" / f"claims_{page}.json").read_text())
+    assert name == page and len(rows) == len(committed)
+    for row, kept in zip(rows, committed):
+        for key in ("ours", "low", "high"): assert row[key] == pytest.approx(kept[key], abs=1e-9)
+        assert (row["claim"], row["verdict"]) == (kept["claim"], kept["verdict"])
+
+
+def test_few_values_are_judged_by_student():
+    "Three values a unit apart: 4.303 standard errors to each side."
+    low, high = mean_interval([0., .5, 1.])
+    half = 4.30265 * .5 / 3**.5
+    assert (low, high) == pytest.approx((.5 - half, .5 + half), 1e-5)
+    many = [float(k % 7) for k in range(20)]
+    assert mean_interval(many) == bootstrap_interval(many)
+    with pytest.raises(Refusal, match="two values"): mean_interval([1.])
 
 
 def test_recorded_results_are_used_by_a_page():
