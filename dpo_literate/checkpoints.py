@@ -371,9 +371,12 @@ HEADER = 300   # bytes in which a file names a tensor, a long name included
 
 def saved_tensors(model:nn.Module)->list:
     "What `save_weights` will write: tied weights once, buffers too; of adapters all they save."
-    if not hasattr(model, "peft_config"):
+    adapted = hasattr(model, "peft_config")
+    if in_shards(model):   # `state_dict` would put this process's shards out of step
+        held = [p for p in model.parameters() if p.requires_grad or not adapted]
+        return held + ([] if adapted else list(model.buffers()))
+    if not adapted:
         return list({t.data_ptr() or id(t): t for t in model.state_dict().values()}.values())
-    if in_shards(model): return [p for p in model.parameters() if p.requires_grad]
     from peft import get_peft_model_state_dict
     return [t for name in model.peft_config
             for t in get_peft_model_state_dict(model, adapter_name=name).values()]

@@ -318,10 +318,11 @@ def test_refused_in_one_sentence(desk, tmp_path, name):
     assert not (tmp_path / "out" / "report.html").exists()
 
 
-def test_an_unwritable_folder_is_a_matter_of_the_disk(desk, tmp_path):
+def test_a_file_where_a_folder_should_be(desk, tmp_path):
     (tmp_path / "file").write_text("")
     done = demo(desk, tmp_path / "file" / "out")
-    assert done.returncode == 4 and "cannot write" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "file is a file, not a folder" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_one_run_a_folder(desk, tmp_path):

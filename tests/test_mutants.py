@@ -129,8 +129,8 @@ MUTANTS = [
            "k = blank if blank or a[:k].isascii() else k", "k = k",
            "test_preferences.py::test_text_without_a_prompt_splits_where_words_begin"),
     Mutant("messages written as text are scored as text", "layouts",
-           'if not isinstance(value, str) or value[:1] not in "[{ \\n"',
-           'if True or value[:1] not in "[{ \\n"',
+           'if isinstance(value, str): return value[:1] not in',
+           'if isinstance(value, str): return True or value[:1] not in',
            "test_preferences.py::test_messages_written_as_text_are_parsed"),
     Mutant("a repeated prompt is learned as the reply", "reading",
            "pairs = take_off(pairs, did)", "pass",
@@ -227,7 +227,7 @@ BLIND = [
     Mutant("tables are not bound", "trainer", "mode=self.mode, table=table,", "mode=self.mode,", "test_contract.py"),
     Mutant("the loss since the last line counted twice", "port", "trainer._total_loss_scalar = -loop[\"loss\"].item()", "trainer._total_loss_scalar = 0.", "test_checkpoints.py::test_continued_to_the_bit"),
     Mutant("an evaluation in training mode", "step", "    model.eval()\n    try: yield model", "    try: yield model", "test_survivors.py"),
-    Mutant("slots forgotten on resume", "step", "self.slots, self.seen = state[\"slots\"]", "self.slots, self.seen = 0", "test_survivors.py"),
+    Mutant("slots forgotten on resume", "step", "self.slots, self.seen, self.texts = state[\"slots\"]", "self.slots, self.seen, self.texts = 0", "test_survivors.py"),
     Mutant("a reference's key without its autocast", "trainer", "                autocast=[a.bf16, a.fp16], max_length", "                max_length", "test_survivors.py"),
     Mutant("NFC where NFKC is meant", "audit", "normalize(\"NFKC\"", "normalize(\"NFC\"", "test_preferences.py::test_leakage_in_every_form test_survivors.py"),
     Mutant("the order of fields makes another pair", "preferences", "+ late, sort_keys=True, default=str)", "+ late, default=str)", "test_survivors.py"),
@@ -239,7 +239,7 @@ BLIND = [
 
 def tree(folder, mutant=None):
     "A copy of what the tests need, with the mistake in it; says whether the text to change stands there exactly once."
-    for name in ("pyproject.toml", "settings.ini"): shutil.copy(ROOT / name, folder)
+    for name in ("pyproject.toml", "settings.ini", "README.md"): shutil.copy(ROOT / name, folder)
     for name in ("dpo_literate", "tests"): shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     (folder / "nbs").mkdir(exist_ok=True)
     shutil.copy(ROOT / "nbs" / "00b_results.ipynb", folder / "nbs")
