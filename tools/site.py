@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import unicodedata
 from dataclasses import is_dataclass
 from functools import cache, cached_property
 from importlib import import_module
@@ -358,6 +359,23 @@ FROM_DISK = """index = await new Promise((ok, no) => {
       });"""
 
 
+PAGE_LINK = re.compile(r'href="(\w+)\.ipynb(?=["#])')
+GREEK = re.compile(r"\\(alpha|beta|gamma|delta|lambda|mu|pi|sigma|theta|phi)(?![A-Za-z])")
+
+
+def without_tex(entry):
+    "What a search shows of a formula: its letters, no commands."
+    if isinstance(entry, dict): return {k: without_tex(v) for k, v in entry.items()}
+    if isinstance(entry, list): return [without_tex(v) for v in entry]
+    if not isinstance(entry, str): return entry
+    letters = GREEK.sub(lambda m: unicodedata.lookup(f"GREEK SMALL LETTER {LETTERS[m[1]]}"), entry)
+    return re.sub(r"\\[A-Za-z]+ ?", " ", letters)
+
+
+LETTERS = {name: name.upper() for name in ("alpha", "beta", "gamma", "delta", "mu", "pi", "sigma",
+                                           "theta", "phi")} | {"lambda": "LAMDA"}
+
+
 def render_smalldocs(proc):
     """Render with smalldocs, and take from its result what would ask the network: KaTeX, web
     fonts, a fetched index."""
@@ -368,6 +386,7 @@ def render_smalldocs(proc):
         def render_page(self, page):
             super().render_page(page)
             page.html, page.env["math"] = with_mathml(page.html, str(page.src)), False
+            page.html = PAGE_LINK.sub(r'href="\1.html', page.html)   # written by a cell
 
         def copy_assets(self, nav):
             super().copy_assets(nav)
@@ -387,9 +406,10 @@ def render_smalldocs(proc):
         def write_search(self):
             super().write_search()
             index = self.out / "search.json"
-            (self.out / "search.js").write_text(f"window.searchIndex = "
-                                                f"{index.read_text(encoding='utf-8')};\n",
-                                                encoding="utf-8")
+            text = without_tex(json.loads(index.read_text(encoding="utf-8")))
+            (self.out / "search.js").write_text(
+                f"window.searchIndex = {json.dumps(text, ensure_ascii=False)};\n",
+                encoding="utf-8")
             index.unlink()
 
     site = Offline(load(proc), quiet=True)
