@@ -9,7 +9,8 @@ import json
 import sys
 import time
 
-from dpo_literate.results import Refusal, data_dir, load_result, mean_interval, save_claims
+from dpo_literate.results import (FEW, Refusal, data_dir, load_result, mean_interval,
+                                  save_claims)
 from dpo_literate.runs import Stages
 
 
@@ -75,12 +76,32 @@ def below(x=0.0):
     )
 
 
+def mean_of(values):
+    "Mean over seeds, and its interval; ends are None for one seed."
+    ends = mean_interval(values) if len(values) > 1 else (None, None)
+    return sum(values) / len(values), *ends
+
+
+def row_of(claim, source, paper, found, verdict, **more):
+    "A row of a claims table; `found`: mean, low, high; `more`: its setup, seeds and command."
+    ours, low, high = found
+    word = "too small to tell" if low is None else verdict(low, high)
+    return dict(claim=claim, source=source, paper_figure=paper, ours=ours, low=low, high=high,
+                **more, verdict=word)
+
+
 def claim_row(claim, source, paper, values, verdict, **more):
-    "A row of a claims table about a mean over seeds; `more`: its setup, seeds and command."
-    low, high = mean_interval(values)
-    return dict(claim=claim, source=source, paper_figure=paper, ours=sum(values) / len(values),
-                low=low, high=high, **more,
-                verdict=verdict(low, high) if high - low > 1e-9 else "cannot tell")  # no spread
+    "A row about a mean over seeds; of few seeds without any spread nothing can be told."
+    row = row_of(claim, source, paper, mean_of(values), verdict, **more)
+    flat = 1 < len(values) < FEW and row["high"] - row["low"] <= 1e-9
+    return row | dict(verdict="cannot tell") if flat else row
+
+
+def told(rows):
+    "Print the claims with their verdicts."
+    for r in rows:
+        print(f"{r['verdict']:18} {r['ours']:+.3g} [{r['low']:+.3g}, {r['high']:+.3g}]  "
+              f"{r['claim']}")
 
 
 def polite_pairs():

@@ -5,8 +5,11 @@
     python benchmarks/choose.py --record
         gather the cells into nbs/results/ and judge the claims; refuses while one is missing
 """
+import sys
+
 import torch
-from cells import above, below, claim_row, gathered, options, work
+from cells import (above, below, claim_row, gathered, options, run_or_record, seconds_of, told,
+                   work)
 
 from dpo_literate.frontier import wide_world
 from dpo_literate.online import TablePolicy, TableRow, table_step
@@ -64,8 +67,8 @@ def todo():
                  verdicts=VERDICTS) for seed in SEEDS for arm in ARMS]
 
 
-def record():
-    cells = gathered(todo(), RUNS)
+def record(configs):
+    cells = gathered(configs, RUNS)
     by = {arm: torch.tensor([c["values"] for c in cells if c["config"]["arm"] == arm])
           for arm in ARMS}                                        # (seeds, rates, batches)
     under = {arm: (r < 0).double().mean((1, 2)) for arm, r in by.items()}
@@ -73,7 +76,7 @@ def record():
     save_result("choose_knobs", dict(rates=RATES, batches=BATCHES, under={
         arm: x.tolist() for arm, x in under.items()}, best=best, mean={
         arm: r.mean(0).tolist() for arm, r in by.items()}), command=COMMAND, seed=list(SEEDS),
-        seconds=sum(c["seconds"] for c in cells), config={k: v for k, v in todo()[0].items()
+        seconds=seconds_of(cells), config={k: v for k, v in configs[0].items()
                                                          if k not in ("arm", "seed")},
         what="Share of runs that end below the reference, over one grid of learning rates and "
              "batches.")
@@ -89,18 +92,16 @@ def record():
         row("PPO on the true reward ends below the reference more often than DPO",
             under["PPO, true reward"] - under["DPO"], above(), "difference in share"),
     ])
-    for r in rows:
-        print(f"{r['verdict']:18} {r['ours']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]  "
-              f"{r['claim']}")
+    told(rows)
     print(best)
 
 
 def main():
     args = options(__doc__).parse_args()
     torch.set_num_threads(1)
-    if args.record: return record()
-    work(todo(), RUNS, gain, lambda x: f"{sum(v < 0 for r in x for v in r)} of 15 below",
-         args.minutes)
+    def shown(x): return f"{sum(v < 0 for r in x for v in r)} of 15 below"
+    def run(cells, minutes): return work(cells, RUNS, gain, shown, minutes)
+    return run_or_record(args, todo, run, record)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": sys.exit(main())

@@ -15,7 +15,8 @@ import random
 import statistics
 
 import torch
-from cells import above, gathered, options, run_or_record, seconds_of, seeds_of, work
+from cells import (above, gathered, mean_of, options, row_of, run_or_record, seconds_of,
+                   seeds_of, work)
 
 from dpo_literate.align import distinct
 from dpo_literate.community import (Vote, agreement, by_thread, confounds_of, partial_out,
@@ -23,8 +24,7 @@ from dpo_literate.community import (Vote, agreement, by_thread, confounds_of, pa
                                     vote_pairs, words)
 from dpo_literate.models import load_model, load_tokenizer
 from dpo_literate.packing import pack_rows, packed_reply_logps
-from dpo_literate.results import (Refusal, data_dir, mean_interval, repo_dir, save_claims,
-                                  save_result)
+from dpo_literate.results import Refusal, data_dir, repo_dir, save_claims, save_result
 from dpo_literate.rows import encode_pairs
 from dpo_literate.sampling import decoder, greedy, prompt_tokens, sampling_dtype
 
@@ -194,17 +194,8 @@ def shown(v): return (f"{v['train']} pairs, {v['held']} held out: accuracy "
 
 # ------------------------------------------------------------ the record
 
-def t_interval(values):
-    "Mean over seeds and its interval; ends are None for one seed."
-    ends = mean_interval(values) if len(values) > 1 else (None, None)
-    return statistics.mean(values), *ends
-
-
 def claim(name, figure, found, verdict, more):
-    ours, low, high = found
-    word = "too small to tell" if low is None else verdict(low, high)
-    return dict(claim=name, source="asked of LLUMI, arXiv:2605.30273", paper_figure=figure,
-                ours=ours, low=low, high=high, verdict=word, **more)
+    return row_of(name, "asked of LLUMI, arXiv:2605.30273", figure, found, verdict, **more)
 
 
 def claims(found, cells, more):
@@ -216,7 +207,7 @@ def claims(found, cells, more):
         return dict(setup=f"counsel_chat, {rule['pairs']} pairs of {rule['threads']} threads; "
                           "threads are the unit", seeds=None, command=more["command"])
     def accuracy(name): return [c["values"]["accuracy"][name][0] for c in cells]
-    def minus(a, b): return t_interval([x - y for x, y in zip(accuracy(a), accuracy(b))])
+    def minus(a, b): return mean_of([x - y for x, y in zip(accuracy(a), accuracy(b))])
     return [
         claim("Votes follow exposure: the chosen reply was seen more (share of pairs, any higher "
               "score)", "not reported", every["views"], above(.5), of(every)),
@@ -228,7 +219,7 @@ def claims(found, cells, more):
         claim("Votes follow length: the chosen reply is longer (share of pairs, any higher score)",
               "not reported", every["length"], above(.5), of(every)),
         claim("DPO on votes orders held-out pairs better than chance (accuracy)", "not reported",
-              t_interval(accuracy("after")), above(.5), more),
+              mean_of(accuracy("after")), above(.5), more),
         claim("DPO on votes orders them better than length does (difference)", "not reported",
               minus("after", "length"), above(0), more)]
 

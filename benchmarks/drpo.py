@@ -18,8 +18,8 @@ from dataclasses import asdict, replace
 from functools import cache, partial
 
 import torch
-from cells import (above, below, by_seed, gathered, options, run_or_record, seconds_of, seeds_of,
-                   work)
+from cells import (above, below, by_seed, claim_row, gathered, options, run_or_record,
+                   seconds_of, seeds_of, work)
 from torch.utils.checkpoint import checkpoint
 
 from dpo_literate.drpo import PUBLISHED
@@ -27,7 +27,7 @@ from dpo_literate.one_step import (Encoder, Scene, align, color_coverage, compre
                                    draw_prompts, drpo_loss, load_emoji, measure, new_source,
                                    raw_features, reward_gradient_loss, stage_features, train_base,
                                    train_encoder, word_logps, word_rank)
-from dpo_literate.results import mean_interval, repo_dir, save_claims, save_result
+from dpo_literate.results import repo_dir, save_claims, save_result
 from dpo_literate.runs import digest
 
 CELLS = repo_dir() / "runs" / "drpo"
@@ -209,11 +209,6 @@ def run(todo, minutes):
     return work(todo, CELLS, made, shown, minutes)
 
 
-def interval(values):
-    "Mean over seeds with its 95 % interval."
-    return statistics.mean(values), *mean_interval(values)
-
-
 def gap(cells, metric, one, other="base"):
     "Differences of two arms, paired by seed."
     return [a[metric] - b[metric]
@@ -274,11 +269,9 @@ def claims(cells):
 
 
 def row(cells, claim, source, paper, setup, values, verdict):
-    mean, low, high = interval(values)
-    return dict(claim=claim, source=f"arXiv:2606.02521, {source}" if source != "this page"
-                else source, paper_figure=paper, setup=setup, ours=mean, low=low, high=high,
-                seeds=seeds_of(cells), verdict=verdict(low, high),
-                command="python benchmarks/drpo.py --record")
+    if source != "this page": source = f"arXiv:2606.02521, {source}"
+    return claim_row(claim, source, paper, values, verdict, setup=setup, seeds=seeds_of(cells),
+                     command="python benchmarks/drpo.py --record")
 
 
 def record(todo):

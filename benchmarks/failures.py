@@ -14,13 +14,14 @@ import random
 import statistics
 
 import torch
-from cells import above, below, gathered, options, run_or_record, seconds_of, seeds_of, work
+from cells import (above, below, claim_row, gathered, options, run_or_record, seconds_of,
+                   seeds_of, work)
 
 from dpo_literate.align import distinct
 from dpo_literate.failures import failure_pairs, json_fault, loop_fault
 from dpo_literate.logps import pad_rows, reply_logps
 from dpo_literate.models import load_model, load_tokenizer
-from dpo_literate.results import mean_interval, repo_dir, save_claims, save_result
+from dpo_literate.results import repo_dir, save_claims, save_result
 from dpo_literate.rows import encode_pairs
 from dpo_literate.runs import Stages
 from dpo_literate.sampling import decoder, greedy, prompt_tokens, sample, sampling_dtype
@@ -195,19 +196,6 @@ def shown(values):
 COMMAND = "python benchmarks/failures.py --record --seeds {}"
 
 
-def t_interval(values):
-    "Mean over seeds and its interval; ends are None for one seed."
-    ends = mean_interval(values) if len(values) > 1 else (None, None)
-    return statistics.mean(values), *ends
-
-
-def claim(name, source, figure, values, verdict, more):
-    ours, low, high = t_interval(values)
-    word = "too small to tell" if low is None else verdict(low, high)
-    return dict(claim=name, source=source, paper_figure=figure, ours=ours, low=low, high=high,
-                verdict=word, **more)
-
-
 def claims(cells, more):
     "Rows of the claims table; a value a seed."
     paper = "Beyond Chatbots, arXiv:2604.14314"
@@ -232,7 +220,7 @@ def claims(cells, more):
         ("Perplexity of clean held-out replies stays within 5 % (relative change)",
          "our check", None, [d / b - 1 for d, b in zip(text("sft+dpo"), text("base"))],
          below(.05))]
-    return [claim(*row, more) for row in rows]
+    return [claim_row(*row, **more) for row in rows]
 
 
 def record(todo):

@@ -5,8 +5,11 @@
     python benchmarks/groups.py --record
         gather the cells into nbs/results/ and judge the claims; refuses while one is missing
 """
+import sys
+
 import torch
-from cells import above, below, claim_row, gathered, made, options, work
+from cells import (above, below, claim_row, gathered, made, options, run_or_record, seconds_of,
+                   told, work)
 
 from dpo_literate.frontier import wide_world
 from dpo_literate.groups import (
@@ -133,29 +136,28 @@ def size_claims(by):
     ]
 
 
-def record():
+def record(_):
     arms = gathered(tested(), RUNS)
     rows = [dict({k: c["config"][k] for k in ("name", "G", "updates", "lr")},
                  share=mean(c["values"]), **dict(zip(("low", "high"),
                                                      bootstrap_interval(c["values"]))))
             for c in arms]
     save_result("groups_size", dict(arms=rows), command=COMMAND, seed=WORLDS["seed"],
-                seconds=sum(c["seconds"] for c in arms + gathered(tuning(), RUNS)),
+                seconds=seconds_of(arms + gathered(tuning(), RUNS)),
                 config=dict(beta=BETA, sizes=SIZES, rates=RATES, worlds=WORLDS, tuning=TUNING),
                 what="Share of the possible gain that groups of several sizes reach.")
     by = {tuple(c["config"][k] for k in ("name", "G", "updates")): c["values"] for c in arms}
     save_claims("15_groups", claims := exact_claims() + size_claims(by))
-    for r in claims:
-        print(f"{r['verdict']:18} {r['ours']:+.2g} [{r['low']:+.2g}, {r['high']:+.2g}]  "
-              f"{r['claim']}")
+    told(claims)
 
 
 def main():
     args = options(__doc__).parse_args()
     torch.set_num_threads(1)
-    if args.record: return record()
-    for todo in (tuning, tested):
-        work(todo(), RUNS, shares, lambda values: f"{mean(values):.3f}", args.minutes)
+    def shown(values): return f"{mean(values):.3f}"
+    def run(_, minutes): # what is tested depends on what tuning found
+        return sum(work(todo(), RUNS, shares, shown, minutes) for todo in (tuning, tested))
+    return run_or_record(args, list, run, record)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": sys.exit(main())

@@ -6,9 +6,11 @@
         gather the cells into nbs/results/ and judge the claims; refuses while one is missing
 """
 import math
+import sys
 
 import torch
-from cells import above, below, claim_row, gathered, made, options, work
+from cells import (above, below, claim_row, gathered, made, options, run_or_record, seconds_of,
+                   told, work)
 
 from dpo_literate.frontier import point_of, wide_world
 from dpo_literate.online import (
@@ -206,11 +208,11 @@ def overfit_claims(r):
     ]
 
 
-def record():
+def record(_):
     todo = tested()
     arms, tried = gathered(todo, RUNS), gathered(tuning(), RUNS)
     curves = {c["config"]["n"]: torch.tensor(c["values"]) for c in gathered(overfit(), RUNS)}
-    seconds = sum(c["seconds"] for c in arms + tried)
+    seconds = seconds_of(arms + tried)
     kept = [dict(name=c["config"]["name"], nats=c["config"]["nats"], found=c["values"],
                  settings=c["config"]["settings"]) for c in arms]
     save_result("online_search", dict(budget=BUDGET, arms=kept, tried=[
@@ -222,23 +224,21 @@ def record():
     save_result("online_overfit", dict(betas=BETAS, curves={
         n: {name: bands(r[:, i]) for i, name in enumerate(("DPO", "χPO"))}
         for n, r in curves.items()}), command=COMMAND, seed=[MANY.start, MANY.stop],
-        seconds=sum(c["seconds"] for c in gathered(overfit(), RUNS)),
+        seconds=seconds_of(gathered(overfit(), RUNS)),
         config=dict(spread=SPREAD, verdicts=VERDICTS, betas=BETAS, worlds=len(MANY)),
         what="True reward that DPO's and χPO's exact policies gain along β, from few verdicts.")
     save_claims("14_online", rows := search_claims(kept) + overfit_claims(curves[300]))
-    for r in rows:
-        print(f"{r['verdict']:18} {r['ours']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]  "
-              f"{r['claim']}")
+    told(rows)
 
 
 def main():
     args = options(__doc__).parse_args()
     torch.set_num_threads(1)
-    if args.record: return record()
-    said = lambda values: f"{sum(x is not None for x in values)} found"
-    for todo in (overfit, tuning, tested):
-        run = overfit_cell if todo is overfit else search_cell
-        work(todo(), RUNS, run, said, args.minutes)
+    def shown(values): return f"{sum(x is not None for x in values)} found"
+    makers = {overfit: overfit_cell, tuning: search_cell, tested: search_cell}
+    def run(_, minutes): # what is tested depends on what tuning found
+        return sum(work(todo(), RUNS, make, shown, minutes) for todo, make in makers.items())
+    return run_or_record(args, list, run, record)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": sys.exit(main())

@@ -14,7 +14,8 @@ where they lie and never copied here.
 import sys
 
 import torch
-from cells import above, by_seed, gathered, options, run_or_record, seconds_of, seeds_of, work
+from cells import (above, by_seed, gathered, mean_of, options, row_of, run_or_record,
+                   seconds_of, seeds_of, work)
 from torch.nn.functional import one_hot
 
 from dpo_literate.recommend import (SIGNALS, Picker, WorldModel, copy_loss, correction_pairs,
@@ -25,7 +26,7 @@ from dpo_literate.recommend_eval import (HOSTILE, doubly_robust, effective_size,
                                          fixed_policy, hostile, implicit_factors,
                                          popularity_scores, rating_features, read_log, snips,
                                          variety)
-from dpo_literate.results import mean_interval, repo_dir, save_claims, save_result
+from dpo_literate.results import repo_dir, save_claims, save_result
 
 COMMAND = "python benchmarks/recommend.py --legs songs world --record"
 CELLS = repo_dir() / "runs" / "recommend"
@@ -196,11 +197,6 @@ def logged_part(pickers, plays, world, judge):
 
 # ------------------------------------------------------------ the record
 
-def mean_of(values):
-    "Mean over seeds, with its interval."
-    return [sum(values) / len(values), *mean_interval(values)]
-
-
 def minus(a, b): return mean_of([x - y for x, y in zip(a, b)])
 
 
@@ -264,9 +260,8 @@ def claims(cells):
          minus(got(b, "greedy", "trained_on"), got(b, "greedy", "judge")), above())]
     seeds = {setup: seeds_of([c for c in cells if c["config"]["arm"] == leg])
              for setup, leg in ((setup_a, "songs"), (setup_w, "world"), (setup_b, "films"))}
-    return [dict(claim=claim, source=s, paper_figure=paper, setup=setup, ours=ours, low=low,
-                 high=high, seeds=seeds[setup], verdict=verdict(low, high), command=COMMAND)
-            for claim, paper, setup, (ours, low, high), verdict in rows]
+    return [row_of(claim, s, paper, found, verdict, setup=setup, seeds=seeds[setup],
+                   command=COMMAND) for claim, paper, setup, found, verdict in rows]
 
 
 def record(todo):

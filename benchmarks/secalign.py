@@ -19,13 +19,13 @@ from collections import defaultdict
 from contextlib import nullcontext
 
 import torch
-from cells import (above, below, by_seed, gathered, options, recorded, run_or_record,
-                   seconds_of, seeds_of, work)
+from cells import (above, below, by_seed, gathered, mean_of, options, recorded, row_of,
+                   run_or_record, seconds_of, seeds_of, work)
 
 from dpo_literate.attacks import ATTACKS, DEFENCES, asr, attack_suite, gcg_attacks, utility
 from dpo_literate.hierarchy_eval import share_interval
 from dpo_literate.models import load_model, load_tokenizer
-from dpo_literate.results import (Refusal, data_dir, mean_interval, repo_dir, save_claims,
+from dpo_literate.results import (Refusal, data_dir, repo_dir, save_claims,
                                   save_result, write_atomic)
 from dpo_literate.runs import digest
 from dpo_literate.secalign import PLACES, own_replies, secalign_pairs
@@ -239,9 +239,6 @@ def worst(of, arm, kind="begin"):
     return [won / n, *share_interval(won, n)]
 
 
-def mean_of(values): return [sum(values) / len(values), *mean_interval(values)]
-
-
 def minus(a, b): return mean_of([x - y for x, y in zip(a, b)])
 
 
@@ -288,9 +285,7 @@ def claims(of, seeds):
         ("append-only training is a shortcut: ASR at start and middle, appended minus random "
          "place", p, None, minus(success(of, "SecAlign", EARLY),
                                  success(of, "SecAlign, random place", EARLY)), above(0.))]
-    return [dict(claim=claim, source=source, paper_figure=paper, setup=SETUP, ours=ours, low=low,
-                 high=high, seeds=seeds, verdict=verdict(low, high), command=COMMAND)
-            for claim, source, paper, (ours, low, high), verdict in rows]
+    return [row_of(*row, setup=SETUP, seeds=seeds, command=COMMAND) for row in rows]
 
 
 def main(argv=None):

@@ -6,9 +6,11 @@
         gather the cells into nbs/results/ and judge the claims; refuses while one is missing
 """
 import math
+import sys
 
 import torch
-from cells import above, below, claim_row, gathered, made, options, work
+from cells import (above, below, claim_row, gathered, made, options, run_or_record, seconds_of,
+                   told, work)
 
 from dpo_literate.results import repo_dir, save_claims, save_result
 from dpo_literate.sparse import RULES, train_corridors
@@ -77,28 +79,26 @@ def claims(by):
     ]
 
 
-def record():
+def record(_):
     arms = gathered(tested(), RUNS)
     kept = [dict({k: c["config"][k] for k in ("name", "L", "p", "lr")}, found=c["values"])
             for c in arms]
     save_result("sparse_corridors", dict(budget=BUDGET, arms=kept), command=COMMAND, seed=[0, 1000],
-                seconds=sum(c["seconds"] for c in arms + gathered(tuning(), RUNS)),
+                seconds=seconds_of(arms + gathered(tuning(), RUNS)),
                 config=dict(lengths=LENGTHS, luck=LUCK, rates=RATES, budget=BUDGET),
                 what="Walks until half of them get through a corridor that pays at its end.")
     save_claims("15a_sparse", rows := claims({(a["name"], a["L"], a["p"]): a["found"]
                                               for a in kept}))
-    for r in rows:
-        print(f"{r['verdict']:18} {r['ours']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]  "
-              f"{r['claim']}")
+    told(rows)
 
 
 def main():
     args = options(__doc__).parse_args()
     torch.set_num_threads(1)
-    if args.record: return record()
-    for todo in (tuning, tested):
-        work(todo(), RUNS, search, lambda found: f"{sum(n is not None for n in found)} found",
-             args.minutes)
+    def shown(found): return f"{sum(n is not None for n in found)} found"
+    def run(_, minutes): # what is tested depends on what tuning found
+        return sum(work(todo(), RUNS, search, shown, minutes) for todo in (tuning, tested))
+    return run_or_record(args, list, run, record)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": sys.exit(main())

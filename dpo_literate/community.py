@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 import numpy as np
-from .reading import _open_name, _refuse_rows
+from .reading import rows_of_file
 from .results import Refusal, bootstrap_interval
 
 # %% ../nbs/26_community.ipynb #3a74480a
@@ -78,14 +78,7 @@ def read_votes(
     columns:dict|None=None,  # our names -> theirs: thread, reply, score, prompt, time, views
 )->list[Vote]:               # in the order of the file
     "Replies with their scores, or a refusal that names file and line."
-    names, bad, votes = columns or {}, [], []
-    if wrong := set(names) - {*NEEDED, *MORE}: raise Refusal(
-        f"no column {min(wrong)!r} here: there are {', '.join((*NEEDED, *MORE))}")
-    for where, row in _open_name(source, None, [].append)[0]:
-        try: votes.append(vote_of(row, where, names))
-        except Refusal as no: bad.append((where, no))
-        if len(bad) == 20: break
-    if bad: _refuse_rows(bad)
+    votes = rows_of_file(source, columns, (*NEEDED, *MORE), vote_of)
     return check_threads(votes, source)
 
 # %% ../nbs/26_community.ipynb #bf7ef822

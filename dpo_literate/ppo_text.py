@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .checkpoints import (load_optimizer, load_state, load_weights, predicted_bytes,
-                                      save_state, save_weights)
+from .checkpoints import (load_optimizer, load_state, load_weights, packed_bytes,
+                                      predicted_bytes, save_state, save_weights)
 from .align import load_reward, read_prompts, score
 from .logps import head_answers, linear_logps, unwrapped
 from .manifest import RUN_MARKS
@@ -356,7 +356,7 @@ def save_run(
         save_weights(run.policy, beside)
         save_state(beside, "optimizer", run.optimizer.state_dict())
         save_state(beside, "state", state)
-    size = predicted_bytes(run.policy, run.optimizer) + 4 * run.value.weight.numel()
+    size = predicted_bytes(run.policy, run.optimizer) + packed_bytes(state)
     run.folder.save(run.done, fill, size, keep=1)
 
 # %% ../nbs/12b_ppo_text.ipynb #efd904a6

@@ -17,7 +17,7 @@ from .losses import implicit_reward, log_odds, register_loss
 from .models import FrozenReference
 from .packing import additive, bins
 from .preferences import as_chat
-from .reading import _open_name, _refuse_rows
+from .reading import rows_of_file
 from .results import Refusal
 from .rows import Row, encode_pair
 
@@ -218,14 +218,8 @@ def read_ranks(
     columns:dict|None=None, # our names -> theirs: prompt, ranked, replies, ranks
 )->list[Ranking]:           # in the order of the file
     "Ranked lists, or a refusal that names file and line."
-    found, bad, names = [], [], columns or {}
-    if wrong := set(names) - {"prompt", "ranked", "replies", "ranks"}: raise Refusal(
-        f"no column {min(wrong)!r} here: there are prompt, ranked, replies, ranks")
-    for where, row in _open_name(source, None, [].append)[0]:
-        try: found.append(ranking_of(row, where, names))
-        except Refusal as no: bad.append((where, no))
-        if len(bad) == 20: break
-    if bad: _refuse_rows(bad)
+    known = ("prompt", "ranked", "replies", "ranks")
+    found = rows_of_file(source, columns, known, ranking_of)
     if not found: raise Refusal(f"{source}: no rows")
     return found
 

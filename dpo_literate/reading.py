@@ -520,6 +520,18 @@ def _refuse_rows(bad):
     raise Refusal(str(first) + (f" (and {many}{len(more)} more rows are refused, "
                                 f"next {places})" if more else ""))
 
+def rows_of_file(source, columns, known, make):
+    "Each row of a file as `make` has it: of a row, its place, our names -> theirs."
+    names, found, bad = columns or {}, [], []
+    if wrong := set(names) - {*known}:
+        raise Refusal(f"no column {min(wrong)!r} here: there are {', '.join(known)}")
+    for where, row in _open_name(source, None, [].append)[0]:
+        try: found.append(make(row, where, names))
+        except Refusal as no: bad.append((where, no))
+        if len(bad) == MOST_REFUSED: break
+    if bad: _refuse_rows(bad)
+    return found
+
 def _read(rows, columns, kind, images, did):
     "Every row in canonical form; also the names of columns that nothing reads."
     pairs, left, bad, first, rows = [], {}, [], None, iter(rows)

@@ -9,8 +9,7 @@ __all__ = ['PromptGroup', 'group_rows', 'new_replies', 'lay_out_groups', 'pack_g
 from dataclasses import dataclass, field
 import torch
 from .logps import Batch
-from .packing import bins, self_check
-from .results import Refusal
+from .packing import bins, pair_length, row_capacity, self_check
 
 # %% ../nbs/08a_shared.ipynb #5a08a012
 @dataclass
@@ -102,11 +101,7 @@ def pack_groups(
     capacity:int|None=None, # most tokens in a row; None: 2048, or the longest pair
 )->list[Batch]:             # one batch a row
     "Packed rows in which each prompt and each of its replies stands once."
-    longest = max((len(group_rows([r])[0]) for r in rows), default=0)
-    if capacity is not None and capacity < longest:
-        raise Refusal(f"capacity {capacity} is smaller than the longest pair "
-                      f"({longest} tokens): raise it to {longest}, or shorten the pair")
-    capacity = capacity or max(2048, longest)
+    capacity = row_capacity(max(map(pair_length, rows), default=0), capacity)
     groups = group_rows(rows, capacity)
     return [lay_out_groups([groups[i] for i in b]) for b in bins(list(map(len, groups)), capacity)]
 

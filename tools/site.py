@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import unicodedata
 from dataclasses import is_dataclass
 from functools import cache, cached_property
 from importlib import import_module
@@ -360,7 +359,9 @@ FROM_DISK = """index = await new Promise((ok, no) => {
 
 
 PAGE_LINK = re.compile(r'href="(\w+)\.ipynb(?=["#])')
-GREEK = re.compile(r"\\(alpha|beta|gamma|delta|lambda|mu|pi|sigma|theta|phi)(?![A-Za-z])")
+GREEK = dict(alpha="α", beta="β", gamma="γ", delta="δ", mu="μ", pi="π", sigma="σ", theta="θ",
+             phi="φ")
+GREEK["lambda"] = "λ"
 
 
 def without_tex(entry):
@@ -368,12 +369,7 @@ def without_tex(entry):
     if isinstance(entry, dict): return {k: without_tex(v) for k, v in entry.items()}
     if isinstance(entry, list): return [without_tex(v) for v in entry]
     if not isinstance(entry, str): return entry
-    letters = GREEK.sub(lambda m: unicodedata.lookup(f"GREEK SMALL LETTER {LETTERS[m[1]]}"), entry)
-    return re.sub(r"\\[A-Za-z]+ ?", " ", letters)
-
-
-LETTERS = {name: name.upper() for name in ("alpha", "beta", "gamma", "delta", "mu", "pi", "sigma",
-                                           "theta", "phi")} | {"lambda": "LAMDA"}
+    return re.sub(r"\\([A-Za-z]+) ?", lambda m: GREEK.get(m[1], " "), entry)
 
 
 def render_smalldocs(proc):
