@@ -1,12 +1,12 @@
 """Replies shared across the pairs of a question, against sharing the prompt a pair, on real votes.
 
-    python benchmarks/shared.py [--rounds 3] [--questions 6] [--record]
+    python benchmarks/shared.py [--rounds 3] [--questions 2] [--record]
 
 The pairs of `counsel_chat`: all ordered pairs of answers to a question, cut at 512 tokens. The
-bundled model, float32, the pairs of some questions with at least four answers: forward and
-backward of one optimizer step, reference left out. A round runs both layouts on the same pairs,
-one after the other; ratios are taken within a round. Rounds already measured are read from
-`runs/shared/`.
+bundled model, float32, the pairs of some questions with four to six answers (a question with
+seven takes minutes a pass without sharing): forward and backward of one optimizer step,
+reference left out. A round runs both layouts on the same pairs, one after the other; ratios are
+of processor time within a round. Rounds already measured are read from `runs/shared/`.
 """
 import argparse
 import gzip
@@ -15,7 +15,7 @@ import time
 
 import torch
 
-MAX_LENGTH = 512
+MAX_LENGTH, CAPACITY, ANSWERS = 512, 2048, (4, 5, 6)
 
 
 def questions():
@@ -53,7 +53,7 @@ def timed(model, rows, kind):
 
     from dpo_literate.packing import packed_reply_logps
     from dpo_literate.step import Layout
-    pieces, sums = Layout(kind, capacity=2 * MAX_LENGTH * 4)(rows), []
+    pieces, sums = Layout(kind, capacity=CAPACITY)(rows), []
     clock, cpu = time.perf_counter(), time.process_time()
     for piece in pieces:
         logps = packed_reply_logps(model, piece)
@@ -68,7 +68,7 @@ def timed(model, rows, kind):
 def one_round(k, args):
     "Both layouts on the same pairs; who goes first changes from round to round."
     from dpo_literate.models import load_model
-    some = [x for x in questions() if len(x[0]["answers"]) >= 4]
+    some = [x for x in questions() if len(x[0]["answers"]) in ANSWERS]
     some = some[k * args.questions:(k + 1) * args.questions]
     model, rows = load_model("bundled"), rows_of(some)
     timed(model, rows[:2], "packed")                       # what is made at the first call
@@ -88,7 +88,7 @@ def tokens_of_all():
     rows = rows_of(questions())
     padded = sum(2 * (len(r.prompt_ids) + max(len(r.chosen_ids), len(r.rejected_ids)))
                  for r in rows)
-    read = {kind: sum(p.input_ids.numel() for p in Layout(kind, capacity=2 * MAX_LENGTH * 4)(rows))
+    read = {kind: sum(p.input_ids.numel() for p in Layout(kind, capacity=CAPACITY)(rows))
             for kind in ("packed", "shared")}
     return dict(read, padded=padded, pairs=len(rows), prompts=len(questions()))
 
@@ -99,11 +99,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--questions", type=int, default=6, help="of a round")
+    parser.add_argument("--questions", type=int, default=2, help="of a round")
     parser.add_argument("--record", action="store_true", help="write nbs/results/shared_cpu.json")
     args = parser.parse_args()
-    config = dict(questions=args.questions, max_length=MAX_LENGTH, dtype="float32",
-                  threads=torch.get_num_threads(), model="bundled", data="counsel_chat")
+    config = dict(questions=args.questions, answers=ANSWERS, max_length=MAX_LENGTH,
+                  capacity=CAPACITY, dtype="float32", threads=torch.get_num_threads(), model="bundled", data="counsel_chat")
     stages = Stages(repo_dir() / "runs" / "shared")
     rounds = [stages.do("round", config, lambda: one_round(k, args), f"-{k}")
               for k in range(args.rounds)]
