@@ -89,6 +89,7 @@ def row_of(claim, source, paper, found, bar, *, unit, n, test, detectable=None, 
     "A row about what is no mean over seeds; `found`: its number, low, high."
     ours, low, high = found
     word = "too small to tell" if low is None else bar(low, high)
+    if detectable is None and low is not None: detectable = (high - low) / 2 * (1 + .84 / 1.96)
     return dict(claim=claim, source=source, paper_figure=paper, ours=ours, low=low, high=high,
                 unit=unit, n=n, test=test, detectable=detectable, **more, verdict=word)
 
