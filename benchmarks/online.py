@@ -159,7 +159,7 @@ def search_claims(arms):
     def row(claim, source, paper, values, verdict, note):
         return claim_row(claim, source, paper, values, verdict, unit="world",
                          setup=f"{SEARCH}; {note}", seeds=len(values), command=COMMAND)
-    def shares(name): return [float(x is not None) for x in found[name]]
+    def shares(name): return [x is not None for x in found[name]]
     unit, exact = "doublings of the samples, censored runs at the budget", "arXiv:2405.21046"
     xpo, online, ppo, best = (found[k] for k in ("XPO", "online DPO", "PPO", "best of n"))
     return [

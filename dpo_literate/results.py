@@ -393,30 +393,31 @@ def below(x:float=0.)->Bar: return Bar(x, -1) # a mean below x
 FLAT = 10 # values; fewer without any spread tell nothing
 
 def interval_for(
-    values:list[float],          # one a unit
-    items:list[float]|None=None, # as for `judge`
-)->tuple:                        # name of the interval, its ends, degrees of freedom for power
+    values:list,            # one a unit; yes and no as True and False
+    items:list|None=None,   # as for `judge`
+)->tuple:                   # name of the interval, its ends, degrees of freedom for power
     "Which interval a mean gets."
     n = len(values)
     if items: return "seeds × items", crossed_interval(values, items), n - 1
-    if n >= FLAT and set(values) <= {0., 1.}: return "Wilson", share_interval(sum(values), n), n
+    if all(isinstance(v, bool) for v in values):
+        return "Wilson", share_interval(sum(values), n), n
     return "bootstrap" if n >= FEW else "Student's t", mean_interval(values), n - 1
 
 def judge(
-    values,              # one number a unit: a seed, a world, shape (N,)
+    values,              # one number a unit: a seed, a world; yes and no as True and False
     bar:Bar=Bar(),       # what the claim asks of their mean
     unit:str="seed",     # what was drawn anew each time
     items=None,          # one number an item that every seed was asked: mean over the seeds
 )->dict:                 # ours, low, high, verdict, unit, n, test, detectable
     "The one rule: a mean, its interval, and what follows for a claim."
     from scipy import stats
-    values = [float(v) for v in values]
+    values = [v if isinstance(v, bool) else float(v) for v in values]
     n, ours = len(values), statistics.fmean(items or values)
     about = dict(unit=unit, n=n if items is None else [n, len(items)])
     if n < 2: return dict(ours=ours, low=None, high=None, verdict="too small to tell", **about,
                           test="none: one value", detectable=None)
     test, (low, high), freedom = interval_for(values, items)
-    flat = n < FLAT and high - low <= 1e-9
+    flat = n < FLAT and max(values) - min(values) <= 1e-9
     more = stats.t.ppf(.8, freedom) / stats.t.ppf(.975, freedom)
     return dict(ours=ours, low=low, high=high, **about, test=test,
                 verdict="cannot tell" if flat else bar(low, high),
