@@ -8,7 +8,7 @@ __all__ = ['CONDITIONS', 'APART', 'PRICE', 'TUNE', 'TEST', 'RECORDS', 'Worlds', 
            'recorded_comparison', 'difference_to_dpo', 'table_figure', 'best_losses', 'chooser_figure']
 
 # %% ../nbs/20c_one_world.ipynb #9c947f0d
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -262,8 +262,8 @@ def measure_policies(
 # %% ../nbs/20c_one_world.ipynb #f2988acf
 TUNE, TEST = range(0, 5), range(100, 120)  # worlds to choose a setting in, worlds to report
 
-def _grid_scores(method, condition, seeds, steps, good):
-    "Measurements at every setting of a method in some worlds."
+def _scores(method, condition, seeds, steps, good):
+    "Measurements at every setting of a method's grid in some worlds."
     worlds = make_worlds(seeds, shared=condition.shared)
     verdicts = draw_verdicts(worlds, condition, seeds.start)
     trained = train_policies(worlds, verdicts, method, steps, good=good)
@@ -274,13 +274,13 @@ def tune_and_test(
     steps:int=300, good:float=1., # see `train_policies`
 )->dict:          # `knob`, at the `edge` of its grid?, what was `saved` there, measurements
     "Choose the knob where regret is smallest in five worlds; report twenty others."
-    tuned, test = (_grid_scores(method, condition, seeds, steps, good)
-                   for seeds in (TUNE, TEST))
-    regret, last = tuned["regret"].mean(-1), len(method.grid) - 1
-    at = int(regret.argmin())
-    values = {name: v[at].tolist() for name, v in test.items()}
+    regret = _scores(method, condition, TUNE, steps, good)["regret"].mean(-1)
+    at, last = int(regret.argmin()), len(method.grid) - 1
     edge = last > 0 and at in (0, last)
     saved = (regret[abs(at - 1)] - regret[at]).item() if edge else 0.  # by the last step there
+    chosen = replace(method, grid=(method.grid[at],))
+    test = _scores(chosen, condition, TEST, steps, good)
+    values = {name: v[0].tolist() for name, v in test.items()}
     return dict(knob=method.grid[at], edge=edge, saved=saved, **values)
 
 # %% ../nbs/20c_one_world.ipynb #0250bfcd
