@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -325,6 +326,32 @@ def by_tests(*ids):
     with os.fdopen(read) as file: text = file.read()
     os.waitpid(pid, 0)
     return json.loads(text) if text else dict(passed=0, failed=1, skipped=0, code=-1)
+
+
+def mutants_of(module):
+    "Each mistake seeded into a module: caught, by which test; missed; or no longer there."
+    env = dict(os.environ, PYTHONPATH="", OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, str(ROOT / "tests/test_mutants.py"), f"module:{module}"],
+                          cwd=tempfile.gettempdir(), env=env, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@row("mutants", "mistakes seeded into the package: not seen by any test", "60 mistakes; 0")
+def mutants(soak):
+    from test_mutants import BLIND, MUTANTS
+    found, late = {}, 0
+    modules = list(dict.fromkeys(m.module for m in (*BLIND, *MUTANTS)))
+    for module in modules:
+        try: found[module] = soak.piece("mutants", module, lambda: mutants_of(module))
+        except OutOfTime: late += 1
+    caught = {m: [sum(v == "caught" for v, _ in f.values()), len(f)] for m, f in found.items()}
+    alive = [f"{m}: {what}: {v}" for m, f in found.items() for what, (v, _) in f.items()
+             if v != "caught"]
+    n, of = (sum(c[k] for c in caught.values()) for k in (0, 1))
+    ours = f"{of} mistakes in {len(found)} modules; {len(alive)} not seen"
+    if late: ours += f"; {late} modules not tried"
+    return ours, n == of >= 60 and not late, dict(modules=caught, alive=alive)
 
 
 TESTS = dict(  # name: figure, target, how many cases at least, tests
