@@ -138,8 +138,9 @@ class Watch:
         finally: self.busy = False
 
     def note(self, event, args):
+        program = os.path.basename(str(args[0])) if args else ""
         if event in SOCKETS: self.sockets.append(f"{event} {args[1:]!r}"[:200])
-        elif event in STARTED: self.ran.append(f"{event} {args!r}"[:200])
+        elif event in STARTED and program != "git": self.ran.append(f"{event} {args!r}"[:200])
         elif event == "exec" and self.hostile:
             name = os.path.realpath(getattr(args[0], "co_filename", ""))
             if name.startswith(self.hostile + os.sep): self.ran.append(name)
