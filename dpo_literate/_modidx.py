@@ -526,6 +526,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'dpo_literate/frontier_cells.py'),
                                              'dpo_literate.frontier_cells.cell_of': ( 'frontier_cells.html#cell_of',
                                                                                       'dpo_literate/frontier_cells.py'),
+                                             'dpo_literate.frontier_cells.end_with_parent': ( 'frontier_cells.html#end_with_parent',
+                                                                                              'dpo_literate/frontier_cells.py'),
                                              'dpo_literate.frontier_cells.every_pair': ( 'frontier_cells.html#every_pair',
                                                                                          'dpo_literate/frontier_cells.py'),
                                              'dpo_literate.frontier_cells.identity': ( 'frontier_cells.html#identity',
