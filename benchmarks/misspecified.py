@@ -8,8 +8,8 @@
 import sys
 
 import torch
-from cells import (above, below, by_seed, claim_row, gathered, options, run_or_record,
-                   seconds_of, told, work)
+from cells import (above, below, by_seed, claim_row, gathered, options, ran, recorded,
+                   run_or_record, seconds_of, told, work)
 
 from dpo_literate.frontier import point_of, wide_world
 from dpo_literate.misspecified import (every_pair, first_step, fit_aux, fit_dpo, fit_rlhf,
@@ -59,44 +59,62 @@ def summed(cells, beta, arm):
                 under=sum(v < 0 for v in values), worlds=len(values))
 
 
-def claims(cells):
-    def of(beta, D=D): return by_seed(cells, arm=f"{beta:g}-{D}")
+def claims(found):
+    "found: of every cell `beta`, `D`, and what it found, in the order of the worlds."
+    def of(beta, features=D): return [c for c in found if (c["beta"], c["D"]) == (beta, features)]
     def row(claim, source, paper, values, verdict, note):
-        return claim_row(claim, source, paper, values, verdict, seeds=len(values), command=COMMAND,
-                         setup=f"{len(values)} worlds of {K} replies, exact expectations; {note}")
+        setup = f"{len(values)} worlds of {K} replies, exact expectations; {note}"
+        return claim_row(claim, source, paper, values, verdict, unit="world", setup=setup,
+                         seeds=len(values), command=COMMAND)
     def minus(beta, a, b): return [c["share"][a] - c["share"][b] for c in of(beta)]
-    def fell(beta, arm): return [float(c["reward"][arm] < 0) for c in of(beta)]
     table = [max(abs(1 - s) for s in c["share"].values()) for c in of(1., K - 1)]
+    every, drawn, own = "DPO, every pair", "DPO, the reference's", "DPO, its own pairs"
     some, source = f"{D} features", "arXiv:2510.20413"
-    every, own = "DPO, every pair", "DPO, its own pairs"
     share = "difference in share of RLHF's gain"
     rows = [row("on a table DPO is RLHF, whatever is asked", "DPO, section 4", "equal", table,
                 below(1e-6), f"{K - 1} features, β 1; largest missing share"),
-            row("DPO can lower the reward of the reference", source, "shown", fell(1., every),
-                above(), f"{some}, β 1, every pair; share of worlds"),
-            row("pairs of the reference keep more than every pair", source, "depends on the pairs",
-                minus(1., "DPO, the reference's", every), above(), f"{some}, β 1; {share}")]
+            row("DPO can end below the reference's reward", source, "shown",
+                [c["reward"][every] < 0 for c in of(1.)], above(),
+                f"{some}, β 1, every pair; share of worlds"),
+            row("pairs of the reference keep more than every pair", source,
+                "depends on the pairs", minus(1., drawn, every), above(), f"{some}, β 1; {share}")]
     rows += [row(f"AuxDPO gains more than DPO, β {b:g}, {said}", source, "more",
                  minus(b, "AuxDPO", arm), above(), f"{some}; {share}")
-             for b in (.5, 5.) for said, arm in
-             (("every pair", every), ("pairs of the reference", "DPO, the reference's"))]
+             for b in (.5, 5.) for said, arm in (("every pair", every),
+                                                 ("pairs of the reference", drawn))]
     return rows + [
         row("AuxDPO is RLHF's first step, whatever is asked", source, "to first order",
-            [max(c["moved"], c["step"]) for c in of(1.)], below(1e-4),
-            f"{some}, β 1; largest difference of a weight"),
-        row("DPO on its own pairs keeps RLHF's gain at β 5", "page 15b", "to first order",
-            [c["share"][own] for c in of(5.)], above(.95), f"{some}; share of RLHF's gain")]
+            [c["off"] for c in of(1.)], below(1e-4), f"{some}, β 1; largest difference of a weight"),
+        *(row(f"DPO on its own pairs keeps RLHF's gain, β {b:g}", "(15b.2), (15b.3)",
+              "to first order", [c["share"][own] for c in of(b)], above(.95),
+              f"{some}; share of RLHF's gain") for b in (.5, 5.))]
+
+
+def short(x): return float(f"{x:.6g}")
+
+
+def kept(c):
+    "What the record keeps of a cell."
+    v = c["values"]
+    return dict(beta=c["config"]["beta"], D=c["config"]["D"], off=short(max(v["moved"], v["step"])),
+                share={k: short(x) for k, x in v["share"].items()},
+                reward={k: short(x) for k, x in v["reward"].items()})
 
 
 def record(_):
     cells = gathered(configs(), RUNS)
-    arms = list(cells[0]["share"])
-    rows = [summed(cells, b, arm) for b in BETAS for arm in arms]
-    save_result("misspecified", dict(rows=rows), command=COMMAND, seed=0,
-                seconds=seconds_of(cells), config=dict(betas=BETAS, K=K, D=D, worlds=WORLDS),
+    rows = [summed(cells, b, arm) for b in BETAS for arm in cells[0]["values"]["share"]]
+    save_result("misspecified", dict(rows=rows, cells=[kept(c) for c in cells]), command=COMMAND,
+                seed=0, seconds=seconds_of(cells), ran=ran(cells),
+                config=dict(betas=BETAS, K=K, D=D, worlds=WORLDS),
                 what="Share of RLHF's gain kept by DPO and AuxDPO where replies share weights.")
-    save_claims("15b_misspecified", found := claims(cells))
-    told(found)
+    save_claims(*judge())
+    told(judge()[1])
+
+
+def judge():
+    "Page, and its claims, from the committed record."
+    return "15b_misspecified", claims(recorded("misspecified")[0]["cells"])
 
 
 def main():
@@ -104,7 +122,7 @@ def main():
     torch.set_num_threads(1)
     def shown(c): return " ".join(f"{k} {v:.2f}" for k, v in c["share"].items())
     def run(todo, minutes): return work(todo, RUNS, cell, shown, minutes)
-    return run_or_record(args, configs, run, record)
+    return run_or_record(args, configs, run, record, judge)
 
 
 if __name__ == "__main__": sys.exit(main())
