@@ -84,7 +84,8 @@ def claims(found):
                                                  ("pairs of the reference", drawn))]
     return rows + [
         row("AuxDPO is RLHF's first step, whatever is asked", source, "to first order",
-            [c["off"] for c in of(1.)], below(1e-4), f"{some}, β 1; largest difference of a weight"),
+            [c["off"] for c in of(1.)], below(1e-4),
+            f"{some}, β 1; largest difference of a weight"),
         *(row(f"DPO on its own pairs keeps RLHF's gain, β {b:g}", "(15b.2), (15b.3)",
               "to first order", [c["share"][own] for c in of(b)], above(.95),
               f"{some}; share of RLHF's gain") for b in (.5, 5.))]
