@@ -73,9 +73,9 @@ def claims(found):
     rows = [row("on a table DPO is RLHF, whatever is asked", "DPO, section 4", "equal",
                 [c["lost"] for c in of(1., K - 1)],
                 below(1e-6), f"{K - 1} features, β 1; largest missing share"),
-            row("DPO can end below the reference's reward", source, "shown",
+            row("DPO can be worse than not training", source, "shown",
                 [c["fell"] for c in of(1.)], above(),
-                f"{some}, β 1, every pair; share of worlds"),
+                f"{some}, β 1, every pair; share of worlds, reward minus β KL"),
             row("pairs of the reference keep more than every pair", source,
                 "depends on the pairs", minus(1., drawn, every), above(), f"{some}, β 1; {share}")]
     rows += [row(f"AuxDPO gains more than DPO, β {b:g}, {said}", source, "more",
@@ -100,7 +100,8 @@ def kept(c):
     return dict(beta=c["config"]["beta"], D=c["config"]["D"], off=short(max(v["moved"], v["step"])),
                 share={k: short(x) for k, x in v["share"].items()},
                 lost=short(max(abs(1 - x) for x in v["share"].values())),
-                fell=v["reward"]["DPO, every pair"] < 0)
+                fell=v["share"]["DPO, every pair"] < 0,
+                lower=v["reward"]["DPO, every pair"] < 0)
 
 
 def record(_):
