@@ -28,7 +28,7 @@ from dpo_literate.recommend_eval import (HOSTILE, doubly_robust, effective_size,
                                          variety)
 from dpo_literate.results import repo_dir, save_claims, save_result
 
-COMMAND = "python benchmarks/recommend.py --legs songs world --record"
+COMMAND = "python benchmarks/recommend.py --films FOLDER --record"
 CELLS = repo_dir() / "runs" / "recommend"
 SEEDS = list(range(8))                 # settings were tried on seed 100, which is left out
 BETAS = (.1, .3, 1., 3.)
