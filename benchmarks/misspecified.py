@@ -68,7 +68,8 @@ def claims(cells):
     def fell(beta, arm): return [float(c["reward"][arm] < 0) for c in of(beta)]
     table = [max(abs(1 - s) for s in c["share"].values()) for c in of(1., K - 1)]
     some, source = f"{D} features", "arXiv:2510.20413"
-    share, every, own = "difference in share of RLHF's gain", "DPO, every pair", "DPO, its own pairs"
+    every, own = "DPO, every pair", "DPO, its own pairs"
+    share = "difference in share of RLHF's gain"
     rows = [row("on a table DPO is RLHF, whatever is asked", "DPO, section 4", "equal", table,
                 below(1e-6), f"{K - 1} features, β 1; largest missing share"),
             row("DPO can lower the reward of the reference", source, "shown", fell(1., every),
@@ -83,7 +84,7 @@ def claims(cells):
         row("AuxDPO is RLHF's first step, whatever is asked", source, "to first order",
             [max(c["moved"], c["step"]) for c in of(1.)], below(1e-4),
             f"{some}, β 1; largest difference of a weight"),
-        row(f"DPO on its own pairs keeps RLHF's gain at β 5", "page 15b", "to first order",
+        row("DPO on its own pairs keeps RLHF's gain at β 5", "page 15b", "to first order",
             [c["share"][own] for c in of(5.)], above(.95), f"{some}; share of RLHF's gain")]
 
 

@@ -103,7 +103,8 @@ def main():
     parser.add_argument("--record", action="store_true", help="write nbs/results/shared_cpu.json")
     args = parser.parse_args()
     config = dict(questions=args.questions, answers=ANSWERS, max_length=MAX_LENGTH,
-                  capacity=CAPACITY, dtype="float32", threads=torch.get_num_threads(), model="bundled", data="counsel_chat")
+                  capacity=CAPACITY, dtype="float32", threads=torch.get_num_threads(),
+                  model="bundled", data="counsel_chat")
     stages = Stages(repo_dir() / "runs" / "shared")
     rounds = [stages.do("round", config, lambda: one_round(k, args), f"-{k}")
               for k in range(args.rounds)]
