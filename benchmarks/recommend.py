@@ -166,11 +166,11 @@ def films_cell(c, path):
 
 
 def step_rivals(both, n, seed):
-    "Who else picks, after every play of a history: name -> plays -> log-probabilities, (U, T, N)."
+    "Who else picks, before every play and after the last: plays -> log-probabilities, (U, T+1, N)."
     def each(policy):
         def steps(plays):
             upto = [Plays(plays.items[:, :t + 1], plays.signals[:, :t + 1])
-                    for t in range(plays.items.shape[1])]
+                    for t in range(plays.items.shape[1] + 1)]
             return torch.stack([policy(p) for p in upto], 1)
         return steps
     factors = {k: implicit_factors(k.lower(), both, n, seed) for k in ("BPR", "ALS")}
