@@ -9,8 +9,8 @@ import json
 import sys
 import time
 
-from dpo_literate.results import (FEW, Refusal, data_dir, load_result, mean_interval,
-                                  save_claims)
+from dpo_literate.results import Refusal, data_dir, judge, load_result, save_claims
+from dpo_literate.results import above, below  # noqa: F401, the scripts take them from here
 from dpo_literate.runs import Stages
 
 
@@ -48,8 +48,23 @@ def gathered(todo, folder):
     if missing:
         raise Refusal(f"{len(missing)} cells are missing, first {missing[0]['arm']} "
                       f"seed {missing[0]['seed']}: run it without --record")
-    return [dict(config=c, values=record["value"], seconds=record["seconds"])
-            for c, record in found]
+    dirty = [c for c, record in found if record.get("commit", "").endswith("+")]
+    if dirty:
+        raise Refusal(f"{len(dirty)} cells ran on code that no commit holds, first "
+                      f"{dirty[0]['arm']} seed {dirty[0]['seed']}: remove their files, commit, "
+                      "and run them again")
+    return [dict(config=c, values=record["value"], seconds=record["seconds"],
+                 commit=record.get("commit", "unknown")) for c, record in found]
+
+
+def ran(cells):
+    "What every cell ran with: settings that all share, and of each what is its own, and commit."
+    configs = [c["config"] for c in cells]
+    shared = {k: v for k, v in configs[0].items()
+              if all(k in c and c[k] == v for c in configs)}
+    return dict(shared=shared, cells=[
+        {k: v for k, v in c["config"].items() if k not in shared} | dict(commit=c["commit"])
+        for c in cells])
 
 
 def seeds_of(cells): return sorted({c["config"]["seed"] for c in cells})
@@ -64,37 +79,25 @@ def by_seed(cells, **which):
     return [c["values"] for c in sorted(some, key=lambda c: c["config"]["seed"])]
 
 
-def above(x=0.0):
-    return lambda low, high: (
-        "held" if low > x else "did not hold" if high < x else "too small to tell"
-    )
-
-
-def below(x=0.0):
-    return lambda low, high: (
-        "held" if high < x else "did not hold" if low > x else "too small to tell"
-    )
-
-
 def mean_of(values):
     "Mean over seeds, and its interval; ends are None for one seed."
-    ends = mean_interval(values) if len(values) > 1 else (None, None)
-    return sum(values) / len(values), *ends
+    found = judge(values)
+    return found["ours"], found["low"], found["high"]
 
 
-def row_of(claim, source, paper, found, verdict, **more):
-    "A row of a claims table; `found`: mean, low, high; `more`: its setup, seeds and command."
+def row_of(claim, source, paper, found, bar, *, unit, n, test, detectable=None, **more):
+    "A row about what is no mean over seeds; `found`: its number, low, high."
     ours, low, high = found
-    word = "too small to tell" if low is None else verdict(low, high)
+    word = "too small to tell" if low is None else bar(low, high)
+    if detectable is None and low is not None: detectable = (high - low) / 2 * (1 + .84 / 1.96)
     return dict(claim=claim, source=source, paper_figure=paper, ours=ours, low=low, high=high,
-                **more, verdict=word)
+                unit=unit, n=n, test=test, detectable=detectable, **more, verdict=word)
 
 
-def claim_row(claim, source, paper, values, verdict, **more):
-    "A row about a mean over seeds; of few seeds without any spread nothing can be told."
-    row = row_of(claim, source, paper, mean_of(values), verdict, **more)
-    flat = 1 < len(values) < FEW and row["high"] - row["low"] <= 1e-9
-    return row | dict(verdict="cannot tell") if flat else row
+def claim_row(claim, source, paper, values, bar, *, unit="seed", items=None, **more):
+    "A row about a mean over seeds, judged by the rule of page 00b; `more`: setup, seeds, command."
+    return dict(claim=claim, source=source, paper_figure=paper,
+                **judge(list(values), bar, unit, items), **more)
 
 
 def told(rows):

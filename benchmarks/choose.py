@@ -8,8 +8,8 @@
 import sys
 
 import torch
-from cells import (above, below, claim_row, gathered, options, run_or_record, seconds_of, told,
-                   work)
+from cells import (above, below, claim_row, gathered, options, ran, recorded, run_or_record,
+                   seconds_of, told, work)
 
 from dpo_literate.frontier import wide_world
 from dpo_literate.online import TablePolicy, TableRow, table_step
@@ -76,24 +76,30 @@ def record(configs):
     save_result("choose_knobs", dict(rates=RATES, batches=BATCHES, under={
         arm: x.tolist() for arm, x in under.items()}, best=best, mean={
         arm: r.mean(0).tolist() for arm, r in by.items()}), command=COMMAND, seed=list(SEEDS),
-        seconds=seconds_of(cells), config={k: v for k, v in configs[0].items()
+        ran=ran(cells), seconds=seconds_of(cells), config={k: v for k, v in configs[0].items()
                                                          if k not in ("arm", "seed")},
         what="Share of runs that end below the reference, over one grid of learning rates and "
              "batches.")
+    save_claims(*judge())
+    told(judge()[1])
+    print(best)
+
+
+def judge():
+    "Page, and its claims, from the committed record."
+    found, seeds = recorded("choose_knobs")
+    under = {arm: torch.tensor(x).double() for arm, x in found["under"].items()}
     setup = (f"20 worlds, 3 prompts × 40 replies, {VERDICTS} verdicts, β .5, 15 settings of "
              "learning rate and batch, 100 steps; ")
     def row(claim, values, verdict, note):
-        return claim_row(claim, "common advice", "yes", values.tolist(), verdict,
-                         setup=setup + note, seeds=len(SEEDS), command=COMMAND)
-    save_claims("16_choose", rows := [
+        return claim_row(claim, "common advice", "yes", values.tolist(), verdict, unit="world",
+                         setup=setup + note, seeds=len(seeds), command=COMMAND)
+    return "16_choose", [
         row("DPO seldom ends below the reference", under["DPO"], below(.1), "share of settings"),
         row("PPO on a learned reward ends below the reference more often than DPO",
             under["PPO, learned reward"] - under["DPO"], above(), "difference in share"),
         row("PPO on the true reward ends below the reference more often than DPO",
-            under["PPO, true reward"] - under["DPO"], above(), "difference in share"),
-    ])
-    told(rows)
-    print(best)
+            under["PPO, true reward"] - under["DPO"], above(), "difference in share")]
 
 
 def main():
@@ -101,7 +107,7 @@ def main():
     torch.set_num_threads(1)
     def shown(x): return f"{sum(v < 0 for r in x for v in r)} of 15 below"
     def run(cells, minutes): return work(cells, RUNS, gain, shown, minutes)
-    return run_or_record(args, todo, run, record)
+    return run_or_record(args, todo, run, record, judge)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -15,8 +15,8 @@ import random
 import statistics
 
 import torch
-from cells import (above, gathered, mean_of, options, row_of, run_or_record, seconds_of,
-                   seeds_of, work)
+from cells import (above, claim_row, gathered, options, ran, recorded, row_of, run_or_record,
+                   seconds_of, seeds_of, work)
 
 from dpo_literate.align import distinct
 from dpo_literate.community import (Vote, agreement, by_thread, confounds_of, partial_out,
@@ -194,20 +194,26 @@ def shown(v): return (f"{v['train']} pairs, {v['held']} held out: accuracy "
 
 # ------------------------------------------------------------ the record
 
+ASKED = "asked of LLUMI, arXiv:2605.30273"
+
+
 def claim(name, figure, found, verdict, more):
-    return row_of(name, "asked of LLUMI, arXiv:2605.30273", figure, found, verdict, **more)
+    return row_of(name, ASKED, figure, found, verdict, **more)
 
 
-def claims(found, cells, more):
+def claims(found, runs, more):
     "Rows of the claims table: the audit over threads, the training over seeds."
     every = found["rules"]["any higher score"]
     strict = found["rules"]["top and bottom quarter"]
     left = found["rules"]["rank, views and length taken out"]
     def of(rule):
         return dict(setup=f"counsel_chat, {rule['pairs']} pairs of {rule['threads']} threads; "
-                          "threads are the unit", seeds=None, command=more["command"])
-    def accuracy(name): return [c["values"]["accuracy"][name][0] for c in cells]
-    def minus(a, b): return mean_of([x - y for x, y in zip(accuracy(a), accuracy(b))])
+                          "threads are the unit", seeds=None, command=more["command"],
+                    unit="thread", n=rule["threads"], test="bootstrap")
+    def accuracy(name): return [run["accuracy"][name][0] for run in runs]
+    def trained(name, values, verdict):
+        return claim_row(name, ASKED, "not reported", values, verdict, **more)
+    more_than_length = [x - y for x, y in zip(accuracy("after"), accuracy("length"))]
     return [
         claim("Votes follow exposure: the chosen reply was seen more (share of pairs, any higher "
               "score)", "not reported", every["views"], above(.5), of(every)),
@@ -218,10 +224,10 @@ def claims(found, cells, more):
               left["views"], above(.5), of(left)),
         claim("Votes follow length: the chosen reply is longer (share of pairs, any higher score)",
               "not reported", every["length"], above(.5), of(every)),
-        claim("DPO on votes orders held-out pairs better than chance (accuracy)", "not reported",
-              mean_of(accuracy("after")), above(.5), more),
-        claim("DPO on votes orders them better than length does (difference)", "not reported",
-              minus("after", "length"), above(0), more)]
+        trained("DPO on votes orders held-out pairs better than chance (accuracy)",
+                accuracy("after"), above(.5)),
+        trained("DPO on votes orders them better than length does (difference)",
+                more_than_length, above(0))]
 
 
 def record(todo):
@@ -231,13 +237,21 @@ def record(todo):
     values = [dict(rule=c["config"]["rule"], seed=c["config"]["seed"], **c["values"])
               for c in cells]
     save_result("community", dict(audit=found, runs=values), command=command, config=SETTINGS,
-                seed=seeds, seconds=seconds_of(cells), what="Upvotes of counsel_chat: what pairs "
+                seed=seeds, seconds=seconds_of(cells), ran=ran(cells),
+                what="Upvotes of counsel_chat: what pairs "
                 "by rule are about, and DPO of SmolLM2-135M-Instruct on some of them")
-    setup = (f"SmolLM2-135M-Instruct, LoRA r {SETTINGS['lora_r']}, {values[0]['train']} pairs, "
-             f"replies cut to {SETTINGS['reply_words']} words, {values[0]['held']} held-out "
+    save_claims(*judge())
+
+
+def judge():
+    "Page, and its claims, from the committed record."
+    found, seeds = recorded("community")
+    runs, command = found["runs"], found["_provenance"]["command"]
+    setup = (f"SmolLM2-135M-Instruct, LoRA r {SETTINGS['lora_r']}, {runs[0]['train']} pairs, "
+             f"replies cut to {SETTINGS['reply_words']} words, {runs[0]['held']} held-out "
              "threads a seed")
-    save_claims("26_community", claims(found, cells, dict(setup=setup, seeds=seeds,
-                                                          command=command)))
+    more = dict(setup=setup, seeds=seeds, command=command)
+    return "26_community", claims(found["audit"], runs, more)
 
 
 def main():
@@ -247,7 +261,8 @@ def main():
     def configs():
         return [dict(arm=rule, rule=rule, seed=s, **SETTINGS)
                 for rule in args.rules for s in args.seeds]
-    return run_or_record(args, configs, lambda todo, m: work(todo, CELLS, cell, shown, m), record)
+    def run(todo, minutes): return work(todo, CELLS, cell, shown, minutes)
+    return run_or_record(args, configs, run, record, judge)
 
 
 if __name__ == "__main__": raise SystemExit(main())

@@ -18,7 +18,8 @@ from dataclasses import asdict, replace
 from functools import cache, partial
 
 import torch
-from cells import (above, below, by_seed, claim_row, gathered, options, run_or_record,
+from cells import (above, below, by_seed, claim_row, gathered, options, ran, recorded,
+                   run_or_record,
                    seconds_of, seeds_of, work)
 from torch.utils.checkpoint import checkpoint
 
@@ -283,7 +284,7 @@ def record(todo):
     clocks = [{k: {part: round(s, 4) for part, s in v.items()} for k, v in c.items()}
               for c in by_seed(cells, arm="clock")]
     how = dict(command="python benchmarks/drpo.py --record", seed=seeds_of(cells),
-               seconds=seconds_of(cells))
+               seconds=seconds_of(cells), ran=ran(cells))
     config = dict(encoders=ENCODERS, base=BASE, align=ALIGN, lr=LR, arms=ARMS, heavy=HEAVY,
                   measured=MEASURED, settings=asdict(PUBLISHED["ViT-MAE"]))
     save_result("drpo", dict(arms=values, clock=clocks), config=config, **how,
@@ -291,9 +292,19 @@ def record(todo):
     pictures = {arm: by_seed(cells, arm=arm, seed=0)[0]["gallery"] for arm in ("base", *SHOWN)}
     save_result("drpo_gallery", pictures, config=config, **how | dict(seed=0),
                 what="Samples of four arms for the same prompts and noise, JPEG in base64.")
-    save_claims("24_drpo", [row(cells, *claim) for claim in claims(cells)])
+    save_claims(*judge())
+
+
+def judge():
+    "Page, and its claims, from the committed record."
+    found, seeds = recorded("drpo")
+    def told(arm, values): return [dict(config=dict(arm=arm, seed=s), values=v)
+                                   for s, v in zip(seeds, values)]
+    cells = told("clock", found["clock"])
+    for arm, values in found["arms"].items(): cells += told(arm, values)
+    return "24_drpo", [row(cells, *claim) for claim in claims(cells)]
 
 
 if __name__ == "__main__":
     args = options(__doc__, seeds=list(range(5))).parse_args()
-    raise SystemExit(run_or_record(args, lambda: configs(args.seeds), run, record))
+    raise SystemExit(run_or_record(args, lambda: configs(args.seeds), run, record, judge))

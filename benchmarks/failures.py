@@ -14,7 +14,8 @@ import random
 import statistics
 
 import torch
-from cells import (above, below, claim_row, gathered, options, run_or_record, seconds_of,
+from cells import (above, below, claim_row, gathered, options, ran, recorded,
+                   run_or_record, seconds_of,
                    seeds_of, work)
 
 from dpo_literate.align import distinct
@@ -196,12 +197,12 @@ def shown(values):
 COMMAND = "python benchmarks/failures.py --record --seeds {}"
 
 
-def claims(cells, more):
+def claims(found, more):
     "Rows of the claims table; a value a seed."
     paper = "Beyond Chatbots, arXiv:2604.14314"
     def rate(arm, key, of):
-        return [c["values"]["arms"][arm][key] / c["values"]["held"][of] for c in cells]
-    def text(arm): return [c["values"]["arms"][arm]["perplexity_text"] for c in cells]
+        return [v["arms"][arm][key] / v["held"][of] for v in found]
+    def text(arm): return [v["arms"][arm]["perplexity_text"] for v in found]
     def minus(a, b): return [x - y for x, y in zip(a, b)]
     base, sft, dpo = (rate(arm, "loops", 0) for arm in ARMS)
     rows = [
@@ -229,19 +230,27 @@ def record(todo):
     command = COMMAND.format(" ".join(map(str, seeds)))
     values = [dict(seed=c["config"]["seed"], **c["values"]) for c in cells]
     save_result("failures", dict(seeds=values), command=command, config=SETTINGS, seed=seeds,
-                seconds=seconds_of(cells), what="Loops and broken JSON of SmolLM2-135M-Instruct "
+                seconds=seconds_of(cells), ran=ran(cells),
+                what="Loops and broken JSON of SmolLM2-135M-Instruct "
                 "on held-out prompts: base, SFT on own failures' repairs, DPO after it")
-    n = cells[0]["values"]["held"]
-    used = cells[0]["values"]["pairs"]["used"]
+    save_claims(*judge())
+
+
+def judge():
+    "Page, and its claims, from the committed record."
+    record, seeds = recorded("failures")
+    found, command = record["seeds"], record["_provenance"]["command"]
+    n, used = found[0]["held"], found[0]["pairs"]["used"]
     setup = (f"SmolLM2-135M-Instruct, LoRA r {SETTINGS['lora_r']}, {used[0]} loop and {used[1]} "
              f"JSON pairs, {n[0]} and {n[1]} held-out prompts a seed")
-    save_claims("27_own_failures", claims(cells, dict(setup=setup, seeds=seeds, command=command)))
+    return "27_own_failures", claims(found, dict(setup=setup, seeds=seeds, command=command))
 
 
 def main():
     args = options(__doc__, [0, 1, 2, 3, 4]).parse_args()
     def configs(): return [dict(arm="failures", seed=s, **SETTINGS) for s in args.seeds]
-    return run_or_record(args, configs, lambda todo, m: work(todo, CELLS, cell, shown, m), record)
+    def run(todo, minutes): return work(todo, CELLS, cell, shown, minutes)
+    return run_or_record(args, configs, run, record, judge)
 
 
 if __name__ == "__main__": raise SystemExit(main())

@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import asdict
 
+from cells import above, below, claim_row, recorded, told
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -186,7 +187,7 @@ def reward(args):
 
 # ------------------------------------------------------------ enumerable worlds
 
-PRICES, WORLDS, VERDICTS_N = (2., 1., .5, .3), 10, 500
+PRICES, WORLDS, VERDICTS_N = (2., 1., .5, .3), 20, 500
 
 
 def one_world(seed):
@@ -221,9 +222,6 @@ def one_world(seed):
 
 
 def world(args):
-    import torch
-
-    from dpo_literate.results import bootstrap_interval
     start = time.perf_counter()
     found = [one_world(seed) for seed in range(WORLDS)]
     command = "python benchmarks/frontier.py world"
@@ -234,60 +232,33 @@ def world(args):
         config=dict(prices=PRICES, verdicts=VERDICTS_N, replies=40, prompts=3),
         seed=list(range(WORLDS)),
         seconds=time.perf_counter() - start,
-        what="Reward each method leaves lying below the exact frontier, in ten random worlds.",
+        what="Reward each method leaves lying below the exact frontier, in twenty random worlds.",
     )
-    def over(value): return [value(f) for f in found]
-    def row(claim, figure, values, verdict, scale=""):
-        low, high = bootstrap_interval(values)
-        return dict(
-            claim=claim,
-            source="arXiv:2305.18290, Fig. 2",
-            paper_figure=figure,
-            ours=torch.tensor(values).mean().item(),
-            low=low,
-            high=high,
-            seeds=WORLDS,
-            command=command,
-            setup=f"3 prompts × 40 replies, tables, {VERDICTS_N} verdicts, "
-            f"β {', '.join(map(str, PRICES))}; {scale}",
-            verdict=verdict(low, high),
-        )
+    save_claims(*judge_worlds())
+    told(judge_worlds()[1])
+
+
+def judge_worlds():
+    "Page, and its claims, from the committed record."
+    found, seeds = recorded("frontier_worlds")
+    def over(value): return [value(f) for f in found["worlds"]]
     def mean(x): return sum(x) / len(x)
-    near = over(lambda f: max(f["dpo_exact"]))
-    same, against = (
-        over(lambda f: mean(f["dpo_minus_ppo"])),
-        over(lambda f: mean(f["ppo_true"]) - mean(f["dpo"])),
-    )
-    rows = [
-        row(
-            "DPO told every preference reaches the optimum's frontier",
-            "none: the optimum is unknown on text",
-            near,
-            lambda lo, hi: "held" if hi < 1e-6 else "did not hold",
-            "most reward left lying",
-        ),
-        row(
-            "DPO gets more reward than PPO with a reward learned from the same pairs",
-            "DPO above PPO at every KL",
-            same,
-            lambda lo, hi: (
-                "held" if lo > 0.01 else "did not hold" if hi < 0.01 else "too small to tell"
-            ),
-            "DPO − PPO, same β",
-        ),
-        row(
-            "DPO gets more reward than PPO with the true reward",
-            "DPO above PPO-GT at every KL",
-            against,
-            lambda lo, hi: "held" if lo > 0 else "did not hold" if hi < 0 else "too small to tell",
-            "reward left lying, PPO − DPO",
-        ),
-    ]
-    save_claims("frontier", rows)
-    for r in rows:
-        print(
-            f"{r['verdict']:18} {r['ours']:+.2g} [{r['low']:+.2g}, {r['high']:+.2g}]  {r['claim']}"
-        )
+    def row(claim, figure, values, bar, scale):
+        return claim_row(
+            claim, "arXiv:2305.18290, Fig. 2", figure, values, bar, unit="world", seeds=seeds,
+            command="python benchmarks/frontier.py world",
+            setup=f"3 prompts × 40 replies, tables, {VERDICTS_N} verdicts, "
+                  f"β {', '.join(map(str, PRICES))}; {scale}")
+    return "frontier", [
+        row("DPO told every preference reaches the optimum's frontier",
+            "none: the optimum is unknown on text", over(lambda f: max(f["dpo_exact"])),
+            below(1e-6), "most reward left lying"),
+        row("DPO gets more reward than PPO with a reward learned from the same pairs",
+            "DPO above PPO at every KL", over(lambda f: mean(f["dpo_minus_ppo"])), above(.01),
+            "DPO − PPO, same β"),
+        row("DPO gets more reward than PPO with the true reward", "DPO above PPO-GT at every KL",
+            over(lambda f: mean(f["ppo_true"]) - mean(f["dpo"])), above(),
+            "reward left lying, PPO − DPO")]
 
 
 # ------------------------------------------------------------ controlled sentiment
@@ -408,67 +379,41 @@ def tuned(args):
     return FrontierConfig(n_train=PROMPTS, batch_size=BATCH, ppo=BASE | ARMS[best])
 
 
-def verdict(low, high, bar=0.0):
-    return "held" if low > bar else "did not hold" if high < bar else "too small to tell"
-
-
-def text_claims(cells, setup):
-    "The paper's claims about the frontier, each with its interval."
+def text_claims(cells, seeds, setup):
+    "The paper's claims about the frontier; prompts are asked of every seed, so both are units."
     from dpo_literate.frontier import lead, whole_cost
-    from dpo_literate.results import bootstrap_interval
-    seeds = sorted({c["seed"] for c in cells})
-    def row(claim, figure, values, what, bar=0.):
-        low, high = bootstrap_interval(values)
-        return dict(
-            claim=claim,
-            source="arXiv:2305.18290, §6.1 and Fig. 2",
-            paper_figure=figure,
-            ours=sum(map(float, values)) / len(values),
-            low=low,
-            high=high,
-            seeds=len(seeds),
-            setup=f"{setup}; {what}",
-            verdict=verdict(low, high, bar),
-            command="python benchmarks/frontier.py text --record",
-        )
-
-    names = dict(
-        ppo_learned="PPO with a learned reward",
-        ppo_true="PPO with the true reward",
-        sft="SFT on chosen",
-        unlikelihood="unlikelihood",
-    )
-    rows = [
-        row(
-            f"DPO gets more reward than {name} at equal KL",
-            "DPO above at every KL",
-            lead(cells, m),
-            "DPO − rival, over 32 held-out prompts",
-        )
-        for m, name in names.items()
-    ]
+    def row(claim, figure, values, bar, what, items=None):
+        return claim_row(claim, "arXiv:2305.18290, §6.1 and Fig. 2", figure, values, bar,
+                         items=items, seeds=seeds, setup=f"{setup}; {what}",
+                         command="python benchmarks/frontier.py text --record")
+    names = dict(ppo_learned="PPO with a learned reward", ppo_true="PPO with the true reward",
+                 sft="SFT on chosen", unlikelihood="unlikelihood")
+    rows = []
+    for rival, name in names.items():
+        of_seed = [lead([c for c in cells if c["seed"] == s], rival).mean().item() for s in seeds]
+        rows.append(row(f"DPO gets more reward than {name} at equal KL", "DPO above at every KL",
+                        of_seed, above(), "DPO − rival, over 32 held-out prompts",
+                        lead(cells, rival).tolist()))
     def cost(method, seed, k):
-        found = [
-            whole_cost(c, cells)[k] for c in cells if c["method"] == method and c["seed"] == seed
-        ]
+        found = [whole_cost(c, cells)[k] for c in cells
+                 if c["method"] == method and c["seed"] == seed]
         return sum(found) / len(found)
     times = [cost("ppo_learned", s, "seconds") / cost("dpo", s, "seconds") for s in seeds]
     extra = [cost("ppo_learned", s, "memory") - cost("dpo", s, "memory") for s in seeds]
     return rows + [
-        row(
-            "DPO takes fewer seconds than PPO with a learned reward",
-            "none: called lightweight",
-            times,
-            "PPO / DPO, sampling and reward model included, over seeds",
-            1.0,
-        ),
-        row(
-            "DPO takes less memory than PPO with a learned reward",
-            "none: no reward model in memory",
-            extra,
-            "PPO − DPO (GB), peak of a process, over seeds",
-        ),
-    ]
+        row("DPO takes fewer seconds than PPO with a learned reward", "none: called lightweight",
+            times, above(1.), "PPO / DPO, sampling and reward model included"),
+        row("DPO takes less memory than PPO with a learned reward",
+            "none: no reward model in memory", extra, above(), "PPO − DPO (GB), peak of a process")]
+
+
+def judge_text():
+    "Page, and its claims, from the committed record."
+    found, seeds = recorded("frontier_text")
+    config = found["_provenance"]["config"]
+    setup = (f"SmolLM2-135M-Instruct, LoRA, VADER, {config['n_train'] * config['per_prompt']} "
+             f"replies of at most {config['max_new_tokens']} tokens a method and seed")
+    return "frontier_text", text_claims(found["cells"], seeds, setup)
 
 
 def text(args):
@@ -503,15 +448,8 @@ def text(args):
         what="True reward and exact KL of every method on held-out prompts, with seconds, memory "
         "and tokens sampled.",
     )
-    setup = (
-        f"SmolLM2-135M-Instruct, LoRA, VADER, {config.n_train * config.per_prompt} replies of "
-        f"at most {config.max_new_tokens} tokens a method and seed"
-    )
-    for r in (rows := text_claims(cells, setup)):
-        print(
-            f"{r['verdict']:18} {r['ours']:+.3g} [{r['low']:+.3g}, {r['high']:+.3g}]  {r['claim']}"
-        )
-    save_claims("frontier_text", rows)
+    save_claims(*judge_text())
+    told(judge_text()[1])
 
 
 def main(argv=None):
@@ -520,6 +458,8 @@ def main(argv=None):
     )
     kinds = top.add_subparsers(dest="what", required=True)
     kinds.add_parser("world").set_defaults(run=world)
+    def judge(args): return [save_claims(*made()) for made in (judge_worlds, judge_text)] and 0
+    kinds.add_parser("judge", help="write the claims anew from the records").set_defaults(run=judge)
     for name, run, seeds in (("text", text, [0, 1, 2]), ("ppo", ppo, [0]), ("reward", reward, [0])):
         p = kinds.add_parser(name)
         p.add_argument("--seeds", type=int, nargs="+", default=seeds)

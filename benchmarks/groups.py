@@ -8,7 +8,8 @@
 import sys
 
 import torch
-from cells import (above, below, claim_row, gathered, made, options, run_or_record, seconds_of,
+from cells import (above, below, claim_row, gathered, made, options, ran, recorded,
+                   run_or_record, seconds_of,
                    told, work)
 
 from dpo_literate.frontier import wide_world
@@ -96,11 +97,11 @@ def gradients(seed):
                 rebel=rebel_gap(seed))
 
 
-def exact_claims():
-    found = [gradients(seed) for seed in range(24)]
+def exact_claims(found):
+    "found: a world -> its differences, from `gradients`."
     def row(claim, source, paper, key, bar, note):
-        return claim_row(claim, source, paper, [f[key] for f in found], below(bar), seeds=24,
-                         setup=f"24 worlds of 8 replies, exact expectations; {note}",
+        return claim_row(claim, source, paper, [f[key] for f in found], below(bar), unit="world",
+                         seeds=24, setup=f"24 worlds of 8 replies, exact expectations; {note}",
                          command=COMMAND)
     far, turn = "largest difference", "1 − cosine of the two directions"
     return [
@@ -119,7 +120,8 @@ def exact_claims():
 def size_claims(by):
     "by: (name, G, updates) -> shares by world."
     def row(claim, source, paper, values, verdict, note):
-        return claim_row(claim, source, paper, values, verdict, seeds=len(values), command=COMMAND,
+        return claim_row(claim, source, paper, values, verdict, unit="world", seeds=len(values),
+                         command=COMMAND,
                          setup=f"48 worlds of 40 replies, β .5, rates tuned on 16 others; {note}")
     def minus(a, b): return [x - y for x, y in zip(by[a], by[b])]
     two, same, equal = ("GRPO", 2, 512), ("GRPO", 16, 512), ("GRPO", 16, 64)
@@ -139,16 +141,25 @@ def size_claims(by):
 def record(_):
     arms = gathered(tested(), RUNS)
     rows = [dict({k: c["config"][k] for k in ("name", "G", "updates", "lr")},
+                 shares=[round(x, 5) for x in c["values"]],
                  share=mean(c["values"]), **dict(zip(("low", "high"),
                                                      bootstrap_interval(c["values"]))))
             for c in arms]
-    save_result("groups_size", dict(arms=rows), command=COMMAND, seed=WORLDS["seed"],
+    exact = [gradients(seed) for seed in range(24)]
+    save_result("groups_size", dict(arms=rows, exact=exact), command=COMMAND,
+                seed=WORLDS["seed"], ran=ran(arms),
                 seconds=seconds_of(arms + gathered(tuning(), RUNS)),
                 config=dict(beta=BETA, sizes=SIZES, rates=RATES, worlds=WORLDS, tuning=TUNING),
                 what="Share of the possible gain that groups of several sizes reach.")
-    by = {tuple(c["config"][k] for k in ("name", "G", "updates")): c["values"] for c in arms}
-    save_claims("15_groups", claims := exact_claims() + size_claims(by))
-    told(claims)
+    save_claims(*judge())
+    told(judge()[1])
+
+
+def judge():
+    "Page, and its claims, from the committed record."
+    found, _ = recorded("groups_size")
+    by = {(a["name"], a["G"], a["updates"]): a["shares"] for a in found["arms"]}
+    return "15_groups", exact_claims(found["exact"]) + size_claims(by)
 
 
 def main():
@@ -157,7 +168,7 @@ def main():
     def shown(values): return f"{mean(values):.3f}"
     def run(_, minutes): # what is tested depends on what tuning found
         return sum(work(todo(), RUNS, shares, shown, minutes) for todo in (tuning, tested))
-    return run_or_record(args, list, run, record)
+    return run_or_record(args, list, run, record, judge)
 
 
 if __name__ == "__main__": sys.exit(main())

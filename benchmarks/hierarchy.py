@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 
 import torch
-from cells import (above, by_seed, claim_row, gathered, options, recorded, run_or_record,
+from cells import (above, by_seed, claim_row, gathered, options, ran, recorded, run_or_record,
                    seconds_of, seeds_of, work)
 
 from dpo_literate.gw_dpo import (add_delimiters, add_segments, hierarchy_policy,
@@ -186,7 +186,7 @@ def record(todo):
     examples = {arm: of(arm, "examples")[0] for arm in ("SFT", "DPO", "bilateral")}
     config = dict(model="bundled", sft=SFT, dpo=DPO, held=HELD, lora=LORA, alpha=.3, **BASE)
     save_result("hierarchy", dict(arms=arms, examples=examples), command=command, config=config,
-                seed=seeds, seconds=seconds_of(cells),
+                seed=seeds, seconds=seconds_of(cells), ran=ran(cells),
                 what="Who wins a conflict of levels, and how often a harmless prompt is refused: "
                      "DPO, a constant offset of equal mean, linear and bilateral GW-DPO, bundled "
                      "model")

@@ -19,7 +19,7 @@ import time
 
 import torch
 from cells import (above, below, by_seed, claim_row, gathered, made, options, polite_pairs,
-                   recorded, run_or_record, seconds_of, seeds_of, work)
+                   ran, recorded, run_or_record, seconds_of, seeds_of, work)
 
 from dpo_literate.models import load_model, load_tokenizer
 from dpo_literate.probes.calibration import aurc, auroc, brier, ece, selective_honesty
@@ -126,7 +126,8 @@ def record(todo):
             "before and after DPO on three tastes, bundled model")
     config = dict(**SETTINGS, **FULL, bins=BINS, model="bundled", data="polite_pairs, truthfulqa")
     save_result("honesty", dict(before=before, after=after, margin=margins, curves=curves),
-                command=COMMAND, seed=seeds, seconds=seconds_of(cells), config=config, what=what)
+                command=COMMAND, seed=seeds, seconds=seconds_of(cells), config=config, what=what,
+                ran=ran(cells))
     def change(arm, name): return [a - b for a, b in zip(after[arm][name], of(arm, name, "before"))]
     save_claims("honesty", claims(change, dict(seeds=seeds, command=COMMAND)))
 

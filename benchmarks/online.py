@@ -9,7 +9,8 @@ import math
 import sys
 
 import torch
-from cells import (above, below, claim_row, gathered, made, options, run_or_record, seconds_of,
+from cells import (above, below, claim_row, gathered, made, options, ran, recorded,
+                   run_or_record, seconds_of,
                    told, work)
 
 from dpo_literate.frontier import point_of, wide_world
@@ -156,9 +157,9 @@ def search_claims(arms):
     found = {name: ns for (name, nats), ns in by.items() if nats == 6}
     def a_nat(name): return [x / 4 for x in doublings(by[name, 8], by[name, 4])]
     def row(claim, source, paper, values, verdict, note):
-        return claim_row(claim, source, paper, values, verdict, setup=f"{SEARCH}; {note}",
-                         seeds=len(values), command=COMMAND)
-    def shares(name): return [float(x is not None) for x in found[name]]
+        return claim_row(claim, source, paper, values, verdict, unit="world",
+                         setup=f"{SEARCH}; {note}", seeds=len(values), command=COMMAND)
+    def shares(name): return [x is not None for x in found[name]]
     unit, exact = "doublings of the samples, censored runs at the budget", "arXiv:2405.21046"
     xpo, online, ppo, best = (found[k] for k in ("XPO", "online DPO", "PPO", "best of n"))
     return [
@@ -188,12 +189,13 @@ def search_claims(arms):
     ]
 
 
-def overfit_claims(r):
-    "r: (worlds, link, β, (KL, reward))."
-    half, reward = len(r) // 2, r[..., 1]
+def overfit_claims(reward):
+    "reward: (worlds, link, β), of 300 verdicts."
+    half = len(reward) // 2
     def row(claim, paper, values, verdict, note):
         return claim_row(claim, "arXiv:2407.13399", paper, values.tolist(), verdict,
-                         setup=f"{OVER}; {note}", seeds=len(values), command=COMMAND)
+                         unit="world", setup=f"{OVER}; {note}", seeds=len(values),
+                         command=COMMAND)
     best = reward[:half].mean(0).argmax(-1)     # β of each link, chosen on the other half
     def fall(link): return reward[half:, link, best[link]] - reward[half:, link, -1]
     picked = reward[half:, 1, best[1]] - reward[half:, 0, best[0]]
@@ -218,17 +220,28 @@ def record(_):
     save_result("online_search", dict(budget=BUDGET, arms=kept, tried=[
         dict(name=c["config"]["name"], **c["config"]["settings"], cost=round(cost(c["values"]), 2))
         for c in tried]), command=COMMAND, seconds=seconds, seed=[WORLDS.start, WORLDS.stop],
+        ran=ran(arms + tried),
         config=dict(beta=BETA, bound=BOUND, alpha=ALPHA, budget=BUDGET, rarities=RARITIES,
                     tuning=[TUNING.start, TUNING.stop]),
         what="Replies sampled until a policy gives the hidden best reply with probability 1/2.")
     save_result("online_overfit", dict(betas=BETAS, curves={
         n: {name: bands(r[:, i]) for i, name in enumerate(("DPO", "χPO"))}
-        for n, r in curves.items()}), command=COMMAND, seed=[MANY.start, MANY.stop],
+        for n, r in curves.items()},
+        rewards_300=[[[round(x, 4) for x in link] for link in world]
+                     for world in curves[300][..., 1].tolist()]), command=COMMAND,
+        seed=[MANY.start, MANY.stop], ran=ran(gathered(overfit(), RUNS)),
         seconds=seconds_of(gathered(overfit(), RUNS)),
         config=dict(spread=SPREAD, verdicts=VERDICTS, betas=BETAS, worlds=len(MANY)),
         what="True reward that DPO's and χPO's exact policies gain along β, from few verdicts.")
-    save_claims("14_online", rows := search_claims(kept) + overfit_claims(curves[300]))
-    told(rows)
+    save_claims(*judge())
+    told(judge()[1])
+
+
+def judge():
+    "Page, and its claims, from the committed records."
+    search, over = (recorded(f"online_{part}")[0] for part in ("search", "overfit"))
+    return "14_online", (search_claims(search["arms"])
+                         + overfit_claims(torch.tensor(over["rewards_300"]).double()))
 
 
 def main():
@@ -238,7 +251,7 @@ def main():
     makers = {overfit: overfit_cell, tuning: search_cell, tested: search_cell}
     def run(_, minutes): # what is tested depends on what tuning found
         return sum(work(todo(), RUNS, make, shown, minutes) for todo, make in makers.items())
-    return run_or_record(args, list, run, record)
+    return run_or_record(args, list, run, record, judge)
 
 
 if __name__ == "__main__": sys.exit(main())

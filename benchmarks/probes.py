@@ -23,7 +23,7 @@ import time
 
 import torch
 from cells import (above, below, by_seed, claim_row, gathered, options, polite_pairs,
-                   recorded, run_or_record, seconds_of, seeds_of, work)
+                   ran, recorded, run_or_record, seconds_of, seeds_of, work)
 
 from dpo_literate.models import load_model, load_tokenizer
 from dpo_literate.results import Refusal, data_dir, repo_dir, save_claims, save_result
@@ -161,7 +161,7 @@ def record_displacement(configs):
     what = ("Where the probability of held-out polite pairs goes under DPO and its remedies, "
             "bundled model, full fine-tuning")
     save_result("displacement", values, command=command, config=config, seed=seeds,
-                seconds=seconds_of(cells), what=what)
+                seconds=seconds_of(cells), what=what, ran=ran(cells))
     save_claims("displacement", displacement_claims(of, dict(seeds=seeds, command=command)))
 
 
@@ -277,7 +277,8 @@ def record_tdi(configs):
     what = ("Style TDI (layout form, classes are contents) of held-out answers after DPO with and "
             "without penalties of equal trace, bundled model")
     save_result("tdi", dict(arms=arms), command=command, seed=seeds, seconds=seconds_of(cells),
-                config=config | dict(model="bundled", data="polite_pairs"), what=what)
+                config=config | dict(model="bundled", data="polite_pairs"), what=what,
+                ran=ran(cells))
     save_claims("tdi", tdi_claims(of, dict(seeds=seeds, command=command)))
 
 
@@ -385,7 +386,7 @@ def record_refusal(configs):
     what = ("Share of held-out harmless and harmful prompts refused before and after DPO on safety "
             "pairs, bundled model, full fine-tuning")
     save_result("refusal", values, command=command, config=config, seed=seeds,
-                seconds=seconds_of(cells), what=what)
+                seconds=seconds_of(cells), what=what, ran=ran(cells))
     save_claims("refusal", refusal_claims(at, dict(seeds=seeds, command=command)))
 
 

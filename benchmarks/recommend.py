@@ -14,8 +14,8 @@ where they lie and never copied here.
 import sys
 
 import torch
-from cells import (above, by_seed, gathered, mean_of, options, row_of, run_or_record,
-                   seconds_of, seeds_of, work)
+from cells import (above, by_seed, claim_row, gathered, mean_of, options, ran, recorded,
+                   run_or_record, seconds_of, seeds_of, work)
 from torch.nn.functional import one_hot
 
 from dpo_literate.recommend import (SIGNALS, Picker, Plays, WorldModel, copy_loss, correction_pairs,
@@ -26,7 +26,7 @@ from dpo_literate.recommend_eval import (HOSTILE, doubly_robust, effective_size,
                                          fixed_policy, hostile, implicit_factors,
                                          popularity_scores, rating_features, read_log, snips,
                                          variety)
-from dpo_literate.results import repo_dir, save_claims, save_result
+from dpo_literate.results import repo_dir, results_dir, save_claims, save_result
 
 COMMAND = "python benchmarks/recommend.py --films FOLDER --record"
 CELLS = repo_dir() / "runs" / "recommend"
@@ -212,7 +212,7 @@ def logged_part(pickers, plays, world, judge):
 
 # ------------------------------------------------------------ the record
 
-def minus(a, b): return mean_of([x - y for x, y in zip(a, b)])
+def minus(a, b): return [x - y for x, y in zip(a, b)]
 
 
 def gathered_leg(cells, leg):
@@ -221,12 +221,19 @@ def gathered_leg(cells, leg):
     def walk(parts):
         if isinstance(parts[0], dict): return {k: walk([p[k] for p in parts]) for k in parts[0]}
         return mean_of(parts) if None not in parts else None
-    return walk(some)
+    said = ("r2", "r2_positions", "r2_deaf", "policies")
+    return walk(some) | dict(by_seed=[{k: shortened(v[k]) for k in said if k in v} for v in some])
 
 
-def claims(cells):
-    "Rows of the claims table."
-    a, w, b = (by_seed(cells, arm=leg) for leg in ("songs", "world", "films"))
+def shortened(value):
+    "Numbers to six digits, the shape as it is."
+    if isinstance(value, dict): return {k: shortened(v) for k, v in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def claims(legs, seeds_of_leg):
+    "Rows of the claims table; leg -> the values of its seeds, and the seeds."
+    a, w, b = (legs.get(leg, []) for leg in ("songs", "world", "films"))
     def got(leg, policy, key): return [v["policies"][policy][key] for v in leg]
     def r2(leg, signal, who="world"): return [v["r2"][who][signal] for v in leg]
     dpo, s = f"DPO {SETTINGS['songs']['beta']:g}", "arXiv:2605.28810"
@@ -247,7 +254,7 @@ def claims(cells):
         ("true utility: DPO minus copycat", "+0.04 valence, +0.037 arousal of their own, predicted",
          setup_a, minus(got(a, dpo, "true"), got(a, "copycat", "true")), above()),
         ("entropy of picks: DPO above 80 % of the copycat's (ratio)", "close to copycat", setup_a,
-         mean_of([x / y for x, y in zip(got(a, dpo, "entropy"), got(a, "copycat", "entropy"))]),
+         [x / y for x, y in zip(got(a, dpo, "entropy"), got(a, "copycat", "entropy"))],
          above(.8)),
         ("predicted utility: greedy minus DPO", "greedy highest", setup_a,
          greedy_gap("trained_on"), above()),
@@ -273,10 +280,10 @@ def claims(cells):
          minus(got(b, dpo, "dr"), got(b, "copycat", "dr")), above()),
         ("optimism about greedy: the model trained on, minus the second one", None, setup_b,
          minus(got(b, "greedy", "trained_on"), got(b, "greedy", "judge")), above())]
-    seeds = {setup: seeds_of([c for c in cells if c["config"]["arm"] == leg])
+    seeds = {setup: seeds_of_leg.get(leg)
              for setup, leg in ((setup_a, "songs"), (setup_w, "world"), (setup_b, "films"))}
-    return [row_of(claim, s, paper, found, verdict, setup=setup, seeds=seeds[setup],
-                   command=COMMAND) for claim, paper, setup, found, verdict in rows]
+    return [claim_row(claim, s, paper, values, verdict, setup=setup, seeds=seeds[setup],
+                      command=COMMAND) for claim, paper, setup, values, verdict in rows]
 
 
 def record(todo):
@@ -287,8 +294,16 @@ def record(todo):
         if some:
             save_result(f"recommend_{leg}", gathered_leg(some, leg), command=COMMAND,
                         config=SETTINGS[leg], seed=seeds_of(some), seconds=seconds_of(some),
-                        what=WHAT[leg])
-    save_claims("25_recommend", claims(cells))
+                        ran=ran(some), what=WHAT[leg])
+    save_claims(*judge())
+
+
+def judge():
+    "Page, and its claims, from the committed records."
+    legs = [leg for leg in SETTINGS if (results_dir() / f"recommend_{leg}.json").is_file()]
+    found = {leg: recorded(f"recommend_{leg}") for leg in legs}
+    return "25_recommend", claims({leg: record["by_seed"] for leg, (record, _) in found.items()},
+                                  {leg: seeds for leg, (_, seeds) in found.items()})
 
 
 def shown(values):
@@ -310,7 +325,7 @@ def main(argv=None):
         return films_cell(c, f"{args.films}/ml-100k.inter")
     def configs(): return [config_of(leg, seed) for leg in args.legs for seed in args.seeds]
     def run(todo, minutes): return work(todo, CELLS, cell, shown, minutes)
-    return run_or_record(args, configs, run, record)
+    return run_or_record(args, configs, run, record, judge)
 
 
 if __name__ == "__main__": sys.exit(main())

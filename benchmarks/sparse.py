@@ -9,7 +9,8 @@ import math
 import sys
 
 import torch
-from cells import (above, below, claim_row, gathered, made, options, run_or_record, seconds_of,
+from cells import (above, below, claim_row, gathered, made, options, ran, recorded,
+                   run_or_record, seconds_of,
                    told, work)
 
 from dpo_literate.results import repo_dir, save_claims, save_result
@@ -53,7 +54,8 @@ def doublings(a, b):
 def claims(by):
     "by: (name, L, p) -> walks until found."
     def row(claim, source, paper, values, verdict, note):
-        return claim_row(claim, source, paper, values, verdict, seeds=len(values), command=COMMAND,
+        return claim_row(claim, source, paper, values, verdict, unit="corridor",
+                         seeds=len(values), command=COMMAND,
                          setup=f"24 corridors, rates tuned on 8 others; {note}")
     def at(name, L=8, p=.3): return by[name, L, p]
     unit = "doublings of the walks at L = 8, p = 0.3"
@@ -84,12 +86,18 @@ def record(_):
     kept = [dict({k: c["config"][k] for k in ("name", "L", "p", "lr")}, found=c["values"])
             for c in arms]
     save_result("sparse_corridors", dict(budget=BUDGET, arms=kept), command=COMMAND, seed=[0, 1000],
+                ran=ran(arms),
                 seconds=seconds_of(arms + gathered(tuning(), RUNS)),
                 config=dict(lengths=LENGTHS, luck=LUCK, rates=RATES, budget=BUDGET),
                 what="Walks until half of them get through a corridor that pays at its end.")
-    save_claims("15a_sparse", rows := claims({(a["name"], a["L"], a["p"]): a["found"]
-                                              for a in kept}))
-    told(rows)
+    save_claims(*judge())
+    told(judge()[1])
+
+
+def judge():
+    "Page, and its claims, from the committed record."
+    arms = recorded("sparse_corridors")[0]["arms"]
+    return "15a_sparse", claims({(a["name"], a["L"], a["p"]): a["found"] for a in arms})
 
 
 def main():
@@ -98,7 +106,7 @@ def main():
     def shown(found): return f"{sum(n is not None for n in found)} found"
     def run(_, minutes): # what is tested depends on what tuning found
         return sum(work(todo(), RUNS, search, shown, minutes) for todo in (tuning, tested))
-    return run_or_record(args, list, run, record)
+    return run_or_record(args, list, run, record, judge)
 
 
 if __name__ == "__main__": sys.exit(main())

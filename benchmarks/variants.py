@@ -27,8 +27,9 @@ from typing import NamedTuple
 
 import torch
 
-from dpo_literate.results import (Refusal, bootstrap_interval, repo_dir, results_dir, save_claims,
-                                  save_result)
+from cells import above, below, claim_row, told
+
+from dpo_literate.results import Refusal, repo_dir, save_claims, save_result
 
 SCAN = {"sigmoid": (.05, .1, .3), "ipo_sum": (.01, .05, .1), "ipo": (.1, .3, 1.),
         "kto_pair": (.05, .1, .3), "simpo": (2., 5., 10.), "orpo": (.1, .5, 1.),
@@ -87,16 +88,12 @@ def imbalance(args):
 
 # ------------------------------------------------------------ claims
 
-def difference(ours, other):
-    "Mean and interval of a difference in the same worlds."
-    gap = torch.tensor(ours, dtype=torch.float64) - torch.tensor(other, dtype=torch.float64)
-    return gap.mean().item(), *bootstrap_interval(gap)
+def gap(ours, other):
+    "Differences in the same worlds."
+    return [x - y for x, y in zip(ours, other)]
 
 
-def verdict(low, high, wanted):
-    "`wanted` is the sign that the claim asks of the difference."
-    if low <= 0 <= high: return "too small to tell"
-    return "held" if (low > 0) == (wanted > 0) else "did not hold"
+def line(wanted): return above() if wanted > 0 else below()  # the sign the claim asks
 
 
 class Claim(NamedTuple):
@@ -162,23 +159,19 @@ CLAIMS = [Claim(*fields) for fields in (
 )]
 
 
-def row_of(claim, ours, low, high, said, **more):
-    "A row of the claims table; `more` holds source, paper_figure, setup, seeds and command."
-    return dict(claim=claim, ours=round(ours, 3), low=round(low, 3), high=round(high, 3),
-                verdict=said, **more)
-
-
 def world_claims():
     "The claims that the enumerable worlds can answer."
     from dpo_literate.one_world import TEST, recorded_comparison
     rows, comparison = [], recorded_comparison()
     for c in CLAIMS:
-        ours, low, high = difference(comparison[c.judge][c.name][c.key],
-                                     comparison[c.judge][c.other][c.key])
-        rows.append(row_of(
-            c.claim, ours, low, high, verdict(low, high, c.wanted), source=c.source,
-            paper_figure=c.figure, seeds=len(TEST),
-            setup=f"ten enumerable worlds, judge '{c.judge}': {c.key} of {c.name} minus {c.other}",
+        table = comparison[c.judge]
+        edges = [m for m in (c.name, c.other) if table[m]["edge"]]
+        at = f"; at the edge of its grid: {', '.join(edges)}" if edges else ""
+        rows.append(claim_row(
+            c.claim, c.source, c.figure, gap(table[c.name][c.key], table[c.other][c.key]),
+            line(c.wanted), unit="world", seeds=len(TEST),
+            setup=f"{len(TEST)} enumerable worlds, judge '{c.judge}': {c.key} of {c.name} minus "
+                  f"{c.other}{at}",
             command=f"python benchmarks/variants.py world --condition {c.judge}"))
     return rows + [imbalance_claim(comparison["clean"]["sigmoid"]["regret"], len(TEST))]
 
@@ -186,23 +179,23 @@ def world_claims():
 def imbalance_claim(dpo, seeds):
     from dpo_literate.results import load_result
     kto = load_result("variants_imbalance", quiet=True)["tenth_weighed"]["regret"]
-    ours, low, high = difference(kto, dpo)
-    said = "held" if high <= 0 else "did not hold" if low > 0 else "too small to tell"
-    return row_of("KTO with a tenth of the good replies is no worse than DPO on all pairs",
-                  ours, low, high, said, source="arXiv:2402.01306", seeds=seeds,
-                  paper_figure="up to 90 % fewer desirable replies without loss",
-                  setup="ten enumerable worlds, judge 'clean', desirable weight 10: "
-                        "regret minus DPO's",
-                  command="python benchmarks/variants.py imbalance")
+    return claim_row("KTO with a tenth of the good replies is no worse than DPO on all pairs "
+                     "(regret at most .05 above)",
+                     "arXiv:2402.01306", "up to 90 % fewer desirable replies without loss",
+                     gap(kto, dpo), below(.05), unit="world", seeds=seeds,
+                     setup=f"{seeds} enumerable worlds, judge 'clean', desirable weight 10: "
+                           "regret minus DPO's",
+                     command="python benchmarks/variants.py imbalance")
+
+
+def judge():
+    "Page, and its claims, from the committed records."
+    return "20c_one_world", world_claims() + scan_claims()
 
 
 def claims(args):
-    rows = world_claims()
-    if (results_dir() / "variants_scan.json").is_file(): rows += scan_claims()
-    print(save_claims("20c_one_world", rows))
-    for r in rows:
-        print(f"{r['verdict']:18s} {r['ours']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]  "
-              f"{r['claim']}")
+    save_claims(*judge())
+    told(judge()[1])
 
 
 class ScanClaim(NamedTuple):
@@ -255,18 +248,16 @@ def chosen_beta(runs, loss, which):
     return {"low": mine[0], "high": mine[-1], "best": best}[which]
 
 
-def scan_claim(runs, one, other, key, wanted):
-    """Difference, interval over prompts (of a drift: over seeds), verdict, and the two betas.
+def scan_values(runs, one, other, key):
+    """Differences by seed, by prompt (None for a drift, which has no prompts), and the two betas.
 
-    A best beta is chosen on every second prompt and judged on the others; the seeds must agree."""
+    A best beta is chosen on every second prompt and judged on the others."""
     a, b = chosen_beta(runs, *one), chosen_beta(runs, *other)
     best = "best" in (one[1], other[1])
-    judged = slice(1, None, 2) if best else slice(None)
-    ours, low, high = difference(a[key][judged], b[key][judged])
     part = dict(rewards="judged" if best else "reward", kls="kl").get(key, key)
-    agree = len({x > y for x, y in zip(a[part], b[part])}) == 1
-    said = verdict(low, high, wanted) if agree else "too small to tell"
-    return ours, low, high, said, f"beta {a['beta']} against {b['beta']}"
+    judged = slice(1, None, 2) if best else slice(None)
+    items = gap(a[key][judged], b[key][judged]) if key in ("rewards", "kls") else None
+    return gap(a[part], b[part]), items, f"beta {a['beta']} against {b['beta']}"
 
 
 def scan_claims():
@@ -274,9 +265,9 @@ def scan_claims():
     from dpo_literate.results import load_result
     record, rows = load_result("variants_scan", quiet=True), []
     for c in SCAN_CLAIMS:
-        *found, betas = scan_claim(record["runs"], c.one, c.other, c.key, c.wanted)
-        rows.append(row_of(
-            c.claim, *found, source=c.source, paper_figure=c.figure,
+        values, items, betas = scan_values(record["runs"], c.one, c.other, c.key)
+        rows.append(claim_row(
+            c.claim, c.source, c.figure, values, line(c.wanted), items=items,
             seeds=len(record["_provenance"]["seed"]), command="python benchmarks/variants.py scan",
             setup=f"bundled model, controlled sentiment: {UNITS[c.key]} of {c.one[0]} minus "
                   f"{c.other[0]}, {betas}"))
@@ -285,7 +276,7 @@ def scan_claims():
 
 # ------------------------------------------------------------ a real model
 
-def told(args):
+def asked(args):
     "Everything a run of the scan depends on besides loss, beta and seed."
     names = ("model", "pairs", "steps", "batch", "lr", "held", "prompts", "limit", "reward",
              "label_smoothing")
@@ -395,7 +386,7 @@ class Scan:
         "A part under its name and key; None, and counted, where it may not be made."
         late = self.args.record or time.time() - self.start > 60 * self.args.minutes
         def never(): raise TimeoutError
-        try: return self.stages.do(name, told(self.args) | key, never if late else make)
+        try: return self.stages.do(name, asked(self.args) | key, never if late else make)
         except TimeoutError:
             self.left += 1
             return None
@@ -451,7 +442,7 @@ def record(args, found, begun):
     before = dict(rewards=over(first, "rewards"), reward=each(first, lambda r: mean(r["rewards"])))
     print(save_result(
         "variants_scan", dict(before=before, runs=runs), seed=seeds,
-        command="python benchmarks/variants.py scan", config=told(args) | {"losses": args.losses},
+        command="python benchmarks/variants.py scan", config=asked(args) | {"losses": args.losses},
         seconds=sum(r["seconds"] for r in found.values()),
         what="held-out reward and KL (one reply a prompt), accuracy and drift of each loss, beta "
              "and seed: controlled sentiment on the bundled model"))

@@ -204,16 +204,17 @@ def beta_dpo_loss(
 
 # %% ../nbs/20a_departures.ipynb #28cfd8e2
 def beta_dpo_filter(
-    gap:Tensor,      # Δ of each pair (nat), shape (B,)
-    gap_mean:float,  # running mean of the gap (nat)
-    gap_std:float,   # its running spread (nat)
+    gap:Tensor,      # Δ of each pair (nat), shape (…,B): a batch, or batches side by side
+    gap_mean:float,  # running mean of the gap (nat), or one a batch, (…,1)
+    gap_std:float,   # its running spread (nat), likewise
     generator:torch.Generator, # source of chance
     share:float=.8,  # of the pairs that stay
-)->Tensor:           # 1 for a pair that stays, else 0, shape (B,)
-    "β-DPO's filter (arXiv:2407.08639)."
+)->Tensor:           # 1 for a pair that stays, else 0, shape (…,B)
+    "β-DPO's filter (arXiv:2407.08639): every batch keeps the same number."
     weight = (-.5 * ((gap.detach() - gap_mean) / gap_std)**2).clamp(min=-50).exp()
-    kept = torch.multinomial(weight, max(1, round(share * len(gap))), generator=generator)
-    return torch.zeros_like(weight).index_fill(0, kept, 1.)
+    n = max(1, round(share * gap.shape[-1]))
+    kept = torch.multinomial(weight.view(-1, gap.shape[-1]), n, generator=generator)
+    return torch.zeros_like(weight).scatter(-1, kept.view(*gap.shape[:-1], n), 1.)
 
 # %% ../nbs/20a_departures.ipynb #e6a3a6c4
 def odpo_offset(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'MAKERS', 'CELLS', 'imitation', 'FrontierConfig', 'Job', 'OutOfTime', 'plan', 'in_a_process',
-           'every_pair', 'make_cell', 'run_cell', 'line_of', 'run_jobs', 'main_frontier']
+           'end_with_parent', 'every_pair', 'make_cell', 'run_cell', 'line_of', 'run_jobs', 'main_frontier']
 
 # %% ../nbs/13a_frontier_cells.ipynb #13a00005
-import argparse, math, shutil, time
+import argparse, math, os, shutil, threading, time
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -114,8 +114,14 @@ def in_a_process(job:Job)->dict:
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
     if job.method == "best_of_n": return make_cell(job)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as fresh:
         return fresh.submit(make_cell, job).result()
+
+def end_with_parent()->None:
+    "End this process when the one that asked for a cell is gone, however that happened."
+    from multiprocessing import connection, parent_process
+    def wait(): connection.wait([parent_process().sentinel]); os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 # %% ../nbs/13a_frontier_cells.ipynb #13a00035
 def every_pair(

@@ -45,6 +45,8 @@ def check_folder(
     if not folder.is_dir(): raise Refusal(f"model folder {folder} does not exist")
     config, index = folder / "config.json", folder / "model.safetensors.index.json"
     if not config.is_file(): raise Refusal(f"model folder {folder} holds no config.json")
+    odd = [p for p in sorted(folder.iterdir()) if p.exists() and not (p.is_file() or p.is_dir())]
+    if odd: raise Refusal(f"{odd[0]} is no file but a pipe or a device: reading might not end")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)

@@ -8,10 +8,11 @@ __all__ = ['CONDITIONS', 'APART', 'PRICE', 'TUNE', 'TEST', 'RECORDS', 'Worlds', 
            'recorded_comparison', 'difference_to_dpo', 'table_figure', 'best_losses', 'chooser_figure']
 
 # %% ../nbs/20c_one_world.ipynb #9c947f0d
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from .departures import beta_dpo_filter
 from .losses import DIVERGENCE, all_losses, arguments_of, get_loss
 from .plots import COLORS, finish, new_fig
 from .results import bootstrap_interval, load_result
@@ -112,9 +113,10 @@ class Method:
     "A loss with its settings, and the one setting that is searched."
     loss:str                    # name in the registry
     knob:str|None="beta"        # the setting that is searched, None: nothing to set
-    grid:tuple[float,...]=(.01, .03, .1, .3, .6, 1., 2.)
+    grid:tuple[float,...]=(.001, .003, .01, .03, .1, .3, .6, 1., 2., 5., 10.)
     settings:dict=field(default_factory=dict)
     mix:float=0.                # TR-DPO: how far the reference follows, every 100 steps
+    keep:float=1.               # β-DPO: share of the pairs that its filter keeps at a step
 
 APART = ("orpo_full", "plackett_luce")  # want prompts or whole rankings; a pair is theirs too
 
@@ -125,11 +127,12 @@ def methods(
     out = {name: Method(name, grid=per_token if loss.quantity == "mean" else Method.grid)
            for name, loss in losses.items() if name not in APART}
     dpo = lambda **settings: Method("sigmoid", settings=settings)
-    push_down = (.01, .03, .06, .1, .2, .4, .8)
+    push_down = (.001, .003, .01, .03, .06, .1, .2, .4, .8, 1.6)
     return out | dict(
         sft=Method("sft", None, (1.,)),
         unlikelihood=Method("unlikelihood", "unlikelihood_alpha", push_down),
-        orpo=Method("orpo", grid=(.03, .1, .3, 1., 3., 10., 30.)),
+        orpo=Method("orpo", grid=(.003, .01, .03, .1, .3, 1., 3., 10., 30., 100., 300.)),
+        beta_dpo_filter=Method("beta_dpo", keep=.8),
         robust=Method("robust", settings=dict(label_smoothing=.2)),
         r_dpo=Method("r_dpo", settings=dict(length_penalty=.08)),
         cdpo=dpo(label_smoothing=.2), forward_kl=dpo(f_divergence_type="forward_kl"),
@@ -159,6 +162,19 @@ def loss_inputs(
     return out
 
 # %% ../nbs/20c_one_world.ipynb #524fd7ab
+def usual_pairs(
+    inputs:dict,  # of the loss, (G,S,n) each
+    means:dict,   # `gap_mean` and `gap_std` so far, (G,S,1)
+    share:float,  # of the pairs that stay
+    g:torch.Generator,
+)->dict:          # the inputs of the pairs that stay, (G,S,m)
+    "β-DPO's filter of page 20a, for each setting and seed; all pairs as long as nothing is usual."
+    if "gap_std" not in means: return inputs
+    gap = (inputs["policy_chosen_logps"] - inputs["ref_chosen_logps"]
+           - inputs["policy_rejected_logps"] + inputs["ref_rejected_logps"]).detach()
+    kept = beta_dpo_filter(gap, means["gap_mean"], means["gap_std"], g, share).bool()
+    return {k: v[kept].view(*kept.shape[:-1], -1) for k, v in inputs.items()}
+
 def update_means(
     means:dict,      # as they are, name -> (G,S,1)
     inputs:dict,     # of the loss
@@ -171,7 +187,9 @@ def update_means(
     if {"policy_chosen_logps", "ref_chosen_logps"} <= set(inputs):
         chosen, rejected = (inputs[f"policy_{side}_logps"] - inputs[f"ref_{side}_logps"]
                             for side in ("chosen", "rejected"))
-        new["gap_mean"] = (chosen - rejected).detach().mean(-1, keepdim=True)
+        gap = (chosen - rejected).detach()
+        new |= dict(gap_mean=gap.mean(-1, keepdim=True),
+                    gap_std=gap.std(-1, keepdim=True).clamp(min=1e-6))
     return {name: decay * means[name] + (1 - decay) * v if name in means else v
             for name, v in new.items()}
 
@@ -208,6 +226,7 @@ def train_policies(
     policies, ref, means = Policies(worlds, len(method.grid)), worlds.ref_logps, {}
     optimizer, zero = torch.optim.Adam([policies.theta], lr=lr), torch.zeros(1).double()
     running = {"gap_mean", "reward_mean"} & set(loss.needs)
+    g = torch.Generator().manual_seed(0)   # of the filter
     for step in range(steps):
         logps = policies.logps()
         if method.mix and step and step % 100 == 0: # the reference follows
@@ -215,6 +234,7 @@ def train_policies(
             ref = mixed.log_softmax(-1).detach()
         make = loss_inputs(logps, ref, worlds, verdicts, good)
         inputs = {k: make[k]() for k in loss.needs if k in make}
+        if method.keep < 1: inputs = usual_pairs(inputs, means, method.keep, g)
         inputs |= {k: means.get(k, zero) for k in running}
         value, *rewards = loss.fn(**arguments_of(loss, inputs, every), **called)
         optimizer.zero_grad()
@@ -240,10 +260,10 @@ def measure_policies(
                 length=(p * worlds.lengths).sum(-1).mean(-1))
 
 # %% ../nbs/20c_one_world.ipynb #f2988acf
-TUNE, TEST = range(0, 5), range(100, 110)  # worlds to choose a setting in, worlds to report
+TUNE, TEST = range(0, 5), range(100, 120)  # worlds to choose a setting in, worlds to report
 
-def _grid_scores(method, condition, seeds, steps, good):
-    "Measurements at every setting of a method in some worlds."
+def _scores(method, condition, seeds, steps, good):
+    "Measurements at every setting of a method's grid in some worlds."
     worlds = make_worlds(seeds, shared=condition.shared)
     verdicts = draw_verdicts(worlds, condition, seeds.start)
     trained = train_policies(worlds, verdicts, method, steps, good=good)
@@ -252,13 +272,16 @@ def _grid_scores(method, condition, seeds, steps, good):
 def tune_and_test(
     method:Method, condition:Condition,
     steps:int=300, good:float=1., # see `train_policies`
-)->dict:          # `knob`, is it at the `edge` of its grid?, measurements of each test world
-    "Choose the knob where regret is smallest in five worlds; report ten others."
-    tuned, test = (_grid_scores(method, condition, seeds, steps, good)
-                   for seeds in (TUNE, TEST))
-    at, last = int(tuned["regret"].mean(-1).argmin()), len(method.grid) - 1
-    values = {name: v[at].tolist() for name, v in test.items()}
-    return dict(knob=method.grid[at], edge=last > 0 and at in (0, last), **values)
+)->dict:          # `knob`, at the `edge` of its grid?, what was `saved` there, measurements
+    "Choose the knob where regret is smallest in five worlds; report twenty others."
+    regret = _scores(method, condition, TUNE, steps, good)["regret"].mean(-1)
+    at, last = int(regret.argmin()), len(method.grid) - 1
+    edge = last > 0 and at in (0, last)
+    saved = (regret[abs(at - 1)] - regret[at]).item() if edge else 0.  # by the last step there
+    chosen = replace(method, grid=(method.grid[at],))
+    test = _scores(chosen, condition, TEST, steps, good)
+    values = {name: v[0].tolist() for name, v in test.items()}
+    return dict(knob=method.grid[at], edge=edge, saved=saved, **values)
 
 # %% ../nbs/20c_one_world.ipynb #0250bfcd
 RECORDS = {"clean": "variants_world_clean",

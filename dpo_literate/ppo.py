@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KLEstimates', 'kl_estimates', 'token_rewards', 'gae', 'masked_mean', 'whiten', 'policy_loss', 'value_loss',
-           'KLControl', 'step_stats', 'world_batch', 'world_ppo', 'drawn_pairs', 'world_dpo']
+           'KLControl', 'step_stats', 'world_batch', 'world_ppo', 'drawn_pairs', 'world_dpo', 'drawn_batch', 'walk_dpo']
 
 # %% ../nbs/12a_ppo.ipynb #b0857f85
 import math
@@ -144,14 +144,17 @@ def world_ppo(
     seed:int=0, steps:int=100, batch:int=512, epochs:int=4, lr:float=.05, clip:float=.2,
     white:bool=True,           # whiten the advantages?
     start:Tensor|None=None,    # log π to begin with; None: the reference
+    optimizer=torch.optim.Adam, # a class of `torch.optim`
+    value_lr:float|None=None,  # rate of the values; None: the policy's, falling with it
 )->list[Tensor]:               # log π after each step, (N,K)
     "PPO on a table: sampled, clipped, with a value for each prompt."
     g, path = torch.Generator().manual_seed(seed), []
     logits = (world.ref_logps if start is None else start).clone().requires_grad_()
     value = torch.zeros(len(world.prompts), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([logits, value], lr=lr)
+    apart = [] if value_lr is None else [dict(params=[value], lr=value_lr)]
+    descent = optimizer([dict(params=[logits] if apart else [logits, value], lr=lr), *apart])
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        descent.param_groups[0]["lr"] = lr * (1 - step / steps)
         with torch.no_grad():
             x, y, *seen = world_batch(world, rewards, beta, logits, value, batch, g)
             old, guess, adv, returns = seen
@@ -160,7 +163,7 @@ def world_ppo(
             now = logits.log_softmax(-1)[x].gather(1, y)
             loss = policy_loss(now, old, adv, clip)
             loss = loss + value_loss(value[x, None], guess, returns, clip)
-            optimizer.zero_grad(); loss.mean().backward(); optimizer.step()
+            descent.zero_grad(); loss.mean().backward(); descent.step()
         path.append(logits.detach().log_softmax(-1))
     return path
 
@@ -196,3 +199,34 @@ def world_dpo(
         return loss
     lbfgs.step(closure)
     return logits.detach().log_softmax(-1)
+
+# %% ../nbs/12a_ppo.ipynb #d4d49fc5
+def drawn_batch(
+    world:World, rewards:Tensor, # where; of the judge, (N,K)
+    batch:int, g:torch.Generator, # pairs to draw; source of chance
+)->tuple[Tensor,Tensor,Tensor]:  # prompt, chosen, rejected, (B,) each
+    "Two replies of the reference to a prompt, the preferred one first."
+    x = torch.multinomial(world.prompt_p, batch, replacement=True, generator=g)
+    a, b = torch.multinomial(world.ref_logps.exp()[x], 2, generator=g).T
+    first = torch.rand(batch, dtype=torch.float64, generator=g)
+    first = first < (rewards[x, a] - rewards[x, b]).sigmoid()
+    return x, torch.where(first, a, b), torch.where(first, b, a)
+
+def walk_dpo(
+    world:World, rewards:Tensor, beta:float, # as for `world_ppo`
+    seed:int=0, steps:int=100, batch:int=512, epochs:int=4, lr:float=.05,
+    optimizer=torch.optim.Adam, # a class of `torch.optim`
+)->list[Tensor]:               # log π after each step, (N,K)
+    "DPO on a table by the steps of `world_ppo`: `batch` replies each, in pairs."
+    g, path = torch.Generator().manual_seed(seed), []
+    logits, ref = world.ref_logps.clone().requires_grad_(), world.ref_logps
+    descent = optimizer([logits], lr=lr)
+    for step in range(steps):
+        descent.param_groups[0]["lr"] = lr * (1 - step / steps)
+        x, w, l = drawn_batch(world, rewards, batch // 2, g)
+        for _ in range(epochs):
+            now = logits.log_softmax(-1)
+            loss = dpo_loss(now[x, w], now[x, l], ref[x, w], ref[x, l], beta=beta)[0]
+            descent.zero_grad(); loss.mean().backward(); descent.step()
+        path.append(logits.detach().log_softmax(-1))
+    return path

@@ -14,8 +14,8 @@ import filelock, psutil, torch
 from tqdm import tqdm as text_bar
 from tqdm.auto import tqdm
 from .plots import COLORS, finish, new_fig
-from dpo_literate.results import (Refusal, bootstrap_interval, new_folder, sweep_parts, to_json,
-    write_atomic)
+from .results import (Refusal, bootstrap_interval, commit, new_folder, sweep_parts,
+    to_json, write_atomic)
 
 # %% ../nbs/00c_runs.ipynb #3e6d2c7e
 def digest(
@@ -38,7 +38,7 @@ class Stages:
         "The file of a stage."
         return self.folder / f"{name}{part}-{digest([name, part, inputs])}.json"
 
-    def find(self, name:str, inputs, part:str="")->dict|None: # inputs, value, seconds, memory
+    def find(self, name:str, inputs, part:str="")->dict|None: # inputs, value, and what it took
         "The record of a stage that is whole on the disk."
         return _read(self.path(name, inputs, part))
 
@@ -50,8 +50,9 @@ class Stages:
     ):               # the result, as it stands on the disk
         "The stage's result: from disk, or made and put there."
         if (record := self.find(name, inputs, part)) is None:
-            start, value = time.perf_counter(), json.loads(to_json(make()))
-            cost = dict(seconds=time.perf_counter() - start, memory=peak_memory())
+            code, start = commit(), time.perf_counter()   # before: the tree may change meanwhile
+            value = json.loads(to_json(make()))
+            cost = dict(seconds=time.perf_counter() - start, memory=peak_memory(), commit=code)
             made = to_json(dict(inputs=inputs, value=value, sha=digest(value), **cost))
             write_atomic(self.path(name, inputs, part), made)
             record = self.find(name, inputs, part)

@@ -1,5 +1,5 @@
 "Checkpoints: kills, damage, full disks, signals, locks, refusals, and continuation to the bit."
-import json, logging, multiprocessing, os, random, shutil, signal, socket, subprocess, tempfile, time
+import contextlib, json, logging, multiprocessing, os, random, shutil, signal, socket, subprocess, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -420,22 +420,28 @@ FAULTS = {"deleted": lambda p, _: p.unlink(), "emptied": lambda p, _: os.truncat
 FAULTS |= {f"bit flipped at {i}/9": lambda p, _, i=i: flip(p, (p.stat().st_size - 1) * i // 9, i % 8) for i in range(10)}
 
 
-@pytest.mark.parametrize("name", ["full", "lora"])
-def test_damage_matrix(name, run, tmp_path, capsys):
-    source, cases, same, missed = run[0] / name / "checkpoint-5", 0, 0, []
-    files = sorted(p.name for p in source.iterdir())
-    for file in files:
+def damaged(source, earlier, place):
+    "Every fault in every file of a checkpoint: cases tried, swaps of equal bytes left out, cases that `verify` let pass or named otherwise."
+    cases, same, missed = 0, 0, []
+    for file in sorted(p.name for p in source.iterdir()):
         for fault, harm in FAULTS.items():
-            folder = tmp_path / "checkpoint-5"
+            folder = place / source.name
             shutil.copytree(source, folder)
-            if harm(folder / file, source.parent / "checkpoint-4") == "same": same += 1
+            if harm(folder / file, earlier) == "same": same += 1
             else:
                 cases += 1
                 try: ck.verify(folder); missed.append((file, fault))
                 except Refusal as no:
                     if file not in str(no) or no.code != 5: missed.append((file, fault, str(no)))
             shutil.rmtree(folder)
-    with capsys.disabled(): print(f"\n{name}: {len(files)} files, {cases} damaged checkpoints, {cases - len(missed)} detected ({same} swaps of equal bytes left out)")
+    return cases, same, missed
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_damage_matrix(name, run, tmp_path, capsys):
+    source = run[0] / name / "checkpoint-5"
+    cases, same, missed = damaged(source, source.parent / "checkpoint-4", tmp_path)
+    with capsys.disabled(): print(f"\n{name}: {cases} damaged checkpoints, {cases - len(missed)} detected ({same} swaps of equal bytes left out)")
     assert not missed and cases >= 150
 
 
@@ -587,13 +593,21 @@ def test_export_holds_no_pickle(tmp_path, run):
 
 # ------------------------------------------------------------ T43: full disks
 
+@contextlib.contextmanager
+def mounted(place):
+    "A disk of 8 MB; None where this user may not mount one."
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True).returncode:
+        yield None
+        return
+    try: yield place
+    finally: subprocess.run(["umount", "-l", str(place)], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
-    "A disk of 8 MB."
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
-        pytest.skip("cannot mount a small disk here")
-    yield tmp_path
-    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    with mounted(tmp_path) as disk:
+        if disk is None: pytest.skip("cannot mount a small disk here")
+        yield disk
 
 
 def fill_up(out, leave):
@@ -644,24 +658,27 @@ def test_a_prediction_is_never_too_little_and_within_a_tenth(name, tmp_path):
 
 
 @pytest.mark.parametrize("share,asked", [(.5, True), (.98, True), (0, False), (.15, False), (.5, False), (.9, False), (.98, False)])
-def test_disk_fills_between_two_saves(share, asked, small_disk):
+def test_disk_fills_between_two_saves(share, asked, small_disk): disk_fills(share, asked, small_disk)
+
+
+def disk_fills(share, asked, small_disk, at=4):
     "Before the save where the size is asked; in weights, optimizer or manifest where the disk is fuller than it said."
     class Fills(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            if state.global_step == 4: fill_up(small_disk, int(share * size))
+            if state.global_step == at: fill_up(small_disk, int(share * size))
     class Trusting(SafeTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             room = self.folder.room
-            self.folder.room = lambda size, peak=1: room(size, peak) if asked or self.state.global_step < 4 else size
+            self.folder.room = lambda size, peak=1: room(size, peak) if asked or self.state.global_step < at else size
     out = small_disk / "run"
     make(small_disk / "probe", max_steps=1).train()
     size = sum(p.stat().st_size for p in (small_disk / "probe/checkpoint-1").iterdir())
     shutil.rmtree(small_disk / "probe")
     no = refusal(make(out, kind=Trusting, callbacks=[Fills()], save_total_limit=3).train)
     assert no.code == 4 and "free" in str(no)
-    assert [s for s, _ in ck.checkpoints(out)] == [1, 2, 3] and not list(out.glob(".checkpoint-*"))
-    assert ck.latest(out).name == "checkpoint-3"
+    assert [s for s, _ in ck.checkpoints(out)] == list(range(max(1, at - 3), at)) and not list(out.glob(".checkpoint-*"))
+    assert ck.latest(out).name == f"checkpoint-{at - 1}"
     (small_disk / "filler").unlink()
     again = make(out, save_total_limit=3)
     again.train(resume_from_checkpoint=True)

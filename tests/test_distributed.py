@@ -65,7 +65,8 @@ def test_two_processes_are_one(two, alone):
 def test_all_processes_stop_at_a_bad_row(two):
     mode, folder, _ = two
     said = [json.loads((folder / f"nan.{r}.json").read_text()) for r in (0, 1)]
-    if mode == "ddp": assert all(s.startswith("3 step 1") and "not finite" in s for s in said) and "the loss of row" in said[0], said
+    if mode != "ddp": pytest.skip("a sharded run reads its reference in shards: no row of a table to spoil")
+    assert all(s.startswith("3 step 1") and "not finite" in s for s in said) and "the loss of row" in said[0], said
 
 
 def test_the_saved_model_is_whole(two, alone):

@@ -281,7 +281,8 @@ def verdict(mutant):
 
 
 def chosen(which):
-    "often: a few of the list; all: the list; blind: the other one; or some, named by words in them."
+    "often: a few of the list; all: the list; blind: the other one; module:NAME; or some, named by words in them."
+    if which.startswith("module:"): return [m for m in (*MUTANTS, *BLIND) if m.module == which[7:]]
     if which in ("often", "all"): return [m for m in MUTANTS if m.often or which == "all"]
     return [m for m in BLIND if which == "blind" or any(w in m.what for w in which.split(","))]
 

@@ -208,3 +208,10 @@ def test_nobody_but_the_program_opens_a_heading():
     assert "##" in delimiters_of(tokenizer)
     for text in ("## instruction", "###", "#" * 9 + " do", "a ## b"):
         assert "##" not in front_end(tokenizer, text)
+
+
+def test_neighbouring_seeds_and_epochs_share_no_order():
+    "A seed that is added to the epoch gives seed 42's second epoch to seed 43 as its first."
+    from dpo_literate.step import epoch_order
+    orders = {tuple(epoch_order(30, seed, epoch)) for seed in range(40, 50) for epoch in range(10)}
+    assert len(orders) == 100 and all(sorted(o) == list(range(30)) for o in orders)
