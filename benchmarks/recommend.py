@@ -18,7 +18,7 @@ from cells import (above, by_seed, claim_row, gathered, mean_of, options, ran, r
                    run_or_record, seconds_of, seeds_of, work)
 from torch.nn.functional import one_hot
 
-from dpo_literate.recommend import (SIGNALS, Picker, WorldModel, copy_loss, correction_pairs,
+from dpo_literate.recommend import (SIGNALS, Picker, Plays, WorldModel, copy_loss, correction_pairs,
                                     draw_listeners, feedback_loss, fit, greedy_policy, improve,
                                     last_values, music_songs, play, policy_of, production_policy,
                                     r_squared, utility_weights)
@@ -28,7 +28,7 @@ from dpo_literate.recommend_eval import (HOSTILE, doubly_robust, effective_size,
                                          variety)
 from dpo_literate.results import repo_dir, results_dir, save_claims, save_result
 
-COMMAND = "python benchmarks/recommend.py --legs songs world --record"
+COMMAND = "python benchmarks/recommend.py --films FOLDER --record"
 CELLS = repo_dir() / "runs" / "recommend"
 SEEDS = list(range(8))                 # settings were tried on seed 100, which is left out
 BETAS = (.1, .3, 1., 3.)
@@ -36,7 +36,7 @@ SETTINGS = {
     "songs": dict(listeners=500, plays=25, lean=4., part=200, heard=5, sessions=10,
                   world_epochs=20, copy_epochs=12, betas=BETAS, beta=.3),
     "films": dict(plays=15, part=377, judged=100, world_epochs=12, copy_epochs=6,
-                  betas=(.3,), beta=.3),
+                  betas=(.3,), beta=.3, rivals=("random", "popularity", "BPR", "ALS")),
     "world": dict(listeners=500, plays=25, lean=4., part=400, world_epochs=20)}
 
 
@@ -159,9 +159,24 @@ def films_cell(c, path):
     features = rating_features(both, len(items), seed=seed)
     world, judge = (world_of(features, p, seed + k, c) for p, k in ((one, 0), (two, 500)))
     pairs, pickers = learned(features, both, world, weights, seed, c)
+    pickers = step_rivals(both, len(items), seed) | pickers
     mean = one.signals.nanmean((0, 1)).nan_to_num(.5)
     return dict(pairs=pairs, r2=explained(world, held, mean),
                 policies=logged_values(pickers, held[:c["judged"]], world, judge))
+
+
+def step_rivals(both, n, seed):
+    "Who else picks, before every play and after the last: plays -> log-probabilities, (U, T+1, N)."
+    def each(policy):
+        def steps(plays):
+            upto = [Plays(plays.items[:, :t + 1], plays.signals[:, :t + 1])
+                    for t in range(plays.items.shape[1] + 1)]
+            return torch.stack([policy(p) for p in upto], 1)
+        return steps
+    factors = {k: implicit_factors(k.lower(), both, n, seed) for k in ("BPR", "ALS")}
+    return {"random": each(fixed_policy(torch.zeros(n))),
+            "popularity": each(fixed_policy(popularity_scores(both, n))),
+            **{k: each(factor_policy(f)) for k, f in factors.items() if f is not None}}
 
 
 def logged_values(pickers, held, world, judge, size=5):
