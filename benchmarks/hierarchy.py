@@ -1,12 +1,15 @@
 """Who may overrule whom, on the bundled model: the recorded comparison of page 21b.
 
-    python benchmarks/hierarchy.py [--seeds 0 1 2] [--minutes 8]
+    python benchmarks/hierarchy.py [--seeds 0 1 2 …] [--minutes 8]
         train and judge, one small file a cell
     python benchmarks/hierarchy.py --record
         gather the cells into nbs/results/
 
 A cell is one arm with one seed. The arms of a seed start from one supervised model (the arm SFT,
 with or without segments), which is made first and kept with its adapter under runs/hierarchy/.
+The blocks of every prompt are shuffled, and all arms and seeds are asked the same held-out items.
+The committed record is older: blocks by rank, other items a seed, three seeds (page 21b says what
+else). Its claims are made from it by --judge.
 A finished cell is not run again, so a stopped run goes on where it was; a cell made with other
 settings is made anew. --record refuses while a cell is missing.
 """
@@ -21,7 +24,7 @@ from cells import (above, by_seed, claim_row, gathered, options, ran, recorded, 
 from dpo_literate.gw_dpo import (add_delimiters, add_segments, hierarchy_policy,
                                  hierarchy_rows, keep_marks, load_hierarchy, save_hierarchy,
                                  train_hierarchy)
-from dpo_literate.hierarchy import PAIRS, agreed, conflict, make_items
+from dpo_literate.hierarchy import PAIRS, agreed, conflict, make_items, shuffled
 from dpo_literate.hierarchy_eval import judge_replies, macro_mean, ppa, replies_to, whs
 from dpo_literate.models import load_model, load_tokenizer
 from dpo_literate.results import Refusal, repo_dir, save_claims, save_result
@@ -38,7 +41,8 @@ BASE = dict(save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1
 SFT = dict(rows=480, learning_rate=1e-3, batch=8, warmup=6)
 DPO = dict(per_pair=12, benign=32, cascades=6, learning_rate=1e-4, beta=.1, gaps=(3, 2, 1),
            batch=8)
-HELD = dict(per_pair=6, aligned=3, benign=15, cascades=10, limit=12)
+HELD = dict(per_pair=30, aligned=40, benign=100, cascades=20, limit=12, seed=0)
+SEEDS = range(8)
 ARMS = {"DPO": dict(schedule="none"), "constant": dict(schedule="constant"),
         "linear": dict(schedule="linear"), "bilateral": dict(schedule="bilateral"),
         "DPO, no calibration": dict(schedule="none", calibration=False),
@@ -85,7 +89,8 @@ def supervised_rows(seed, tokenizer):
     "Three prompts of four are without a conflict; the loss reads the chosen reply only."
     rng = random.Random(f"sft {seed}")
     makers = [conflict if n % 4 == 3 else agreed for n in range(SFT["rows"])]
-    rows = hierarchy_rows([make(rng.choice(PAIRS), rng) for make in makers], tokenizer)
+    items = [make(rng.choice(PAIRS), rng) for make in makers]
+    rows = hierarchy_rows(shuffled(items, seed), tokenizer)
     return [Row(r.prompt_ids, r.chosen_ids, r.rejected_ids[-1:], r.id) for r in rows]
 
 
@@ -113,7 +118,8 @@ def preferred(config):
     policy, d = hierarchy_policy(model, tokenizer, new_lora(), config["seed"]), config["dpo"]
     items = make_items("train", config["seed"], per_pair=d["per_pair"], cascades=d["cascades"],
                        benign=d["benign"] * config["calibration"])
-    logs = train_hierarchy(policy, tokenizer, items, schedule=config["schedule"],
+    logs = train_hierarchy(policy, tokenizer, shuffled(items, config["seed"]),
+                           schedule=config["schedule"],
                            gaps=tuple(d["gaps"]), out=CELLS / "trainer", seed=config["seed"],
                            learning_rate=d["learning_rate"], beta=d["beta"],
                            per_device_train_batch_size=d["batch"], **here(), **BASE)
@@ -125,15 +131,28 @@ def preferred(config):
 
 @torch.no_grad()
 def judged(policy, tokenizer, config):
-    "Greedy replies to held-out items, judged by program."
-    sizes = {k: v for k, v in config["held"].items() if k != "limit"}
-    limit, items = config["held"]["limit"], make_items("held out", config["seed"], **sizes)
+    "Greedy replies to held-out items, judged by program; every conflict also turned round."
+    sizes = {k: v for k, v in config["held"].items() if k not in ("limit", "seed")}
+    limit, seed = config["held"]["limit"], config["held"]["seed"]
+    items = shuffled(make_items("held out", seed, **sizes), seed)
     replies = replies_to(policy.to(torch.bfloat16), tokenizer, items, limit=limit)
     seen = judge_replies(items, replies)
-    return metrics(items, seen) | dict(
-        upside_down=upside_down(policy, tokenizer, items, limit),
+    return metrics(items, seen) | by_place(policy, tokenizer, items, seen["won"], limit) | dict(
         examples=[dict(kind=x.kind, pair=list(x.pair), chosen=x.chosen, reply=y)
-                  for x, y in list(zip(items, replies))[::12]])
+                  for x, y in list(zip(items, replies))[::80]])
+
+
+def by_place(policy, tokenizer, items, won, limit):
+    """Macro PPA with the higher level first, and with it last, of the same conflicts.
+
+    The shuffled prompt is one of the two; turned round it is the other."""
+    conflicts = [x for x in items if x.kind == "conflict"]
+    said = replies_to(policy, tokenizer, conflicts, limit=limit, upside_down=True)
+    turned = judge_replies(conflicts, said)["won"]
+    as_asked = won[[x.kind == "conflict" for x in items]]
+    first = torch.tensor([x.order.index(x.pair[0]) < x.order.index(x.pair[1]) for x in conflicts])
+    return dict(higher_first=macro_mean(ppa(conflicts, torch.where(first, as_asked, turned))),
+                upside_down=macro_mean(ppa(conflicts, torch.where(first, turned, as_asked))))
 
 
 def metrics(items, seen):
@@ -143,7 +162,7 @@ def metrics(items, seen):
     values = dict(macro=macro_mean(found), whs=whs(found),
                   cascades=mean("won", lambda x: x.kind == "cascade"),
                   pairs_won={f"{i}{j}": v for (i, j), v in found.items()})
-    for name in ("refused", "undone"):
+    for name in ("refused", "official", "undone"):
         values[name] = mean(name, lambda x: x.kind in ("aligned", "benign"))
         for kind in ("aligned", "benign"):
             values[f"{kind}_{name}"] = mean(name, lambda x: x.kind == kind)
@@ -151,13 +170,6 @@ def metrics(items, seen):
     values["families_won"] = {
         f: mean("won", lambda x: x.family == f and x.kind == "conflict") for f in families}
     return values
-
-
-def upside_down(policy, tokenizer, items, limit):
-    "Macro PPA of every second conflict with its blocks turned round."
-    conflicts = [x for x in items if x.kind == "conflict"][::2]
-    said = replies_to(policy, tokenizer, conflicts, limit=limit, upside_down=True)
-    return macro_mean(ppa(conflicts, judge_replies(conflicts, said)["won"]))
 
 
 def run_cell(config):
@@ -180,8 +192,7 @@ def record(todo):
     seeds = seeds_of(cells)
     names = list(dict.fromkeys(c["config"]["arm"] for c in cells))
     def of(arm, name): return [v[name] for v in by_seed(cells, arm=arm)]
-    plain = ("macro", "whs", "cascades", "refused", "undone", "aligned_refused", "aligned_undone",
-             "benign_refused", "benign_undone", "upside_down", "families_won", "pairs_won")
+    plain = [name for name in cells[0]["values"] if name not in ("examples", "loss")]
     arms = {arm: {name: of(arm, name) for name in plain} for arm in names}
     examples = {arm: of(arm, "examples")[0] for arm in ("SFT", "DPO", "bilateral")}
     config = dict(model="bundled", sft=SFT, dpo=DPO, held=HELD, lora=LORA, alpha=.3, **BASE)
@@ -190,13 +201,17 @@ def record(todo):
                 what="Who wins a conflict of levels, and how often a harmless prompt is refused: "
                      "DPO, a constant offset of equal mean, linear and bilateral GW-DPO, bundled "
                      "model")
-    save_claims("hierarchy", claims(of, seeds, command))
+    save_claims(*judge())
 
 
-SETUP = (f"SmolLM2-135M-Instruct, LoRA r{LORA['r']}, SFT on {SFT['rows']} rows, then "
-         f"{10 * DPO['per_pair'] + DPO['cascades']} conflicts and {DPO['benign']} calibration rows "
-         f"in three stages; {10 * HELD['per_pair']} held-out conflicts, "
-         f"{10 * HELD['aligned'] + HELD['benign']} harmless prompts a seed")
+def setup_of(config):
+    "What a record ran with, in words."
+    sft, dpo, held = config["sft"], config["dpo"], config["held"]
+    return (f"SmolLM2-135M-Instruct, LoRA r{config['lora']['r']}, SFT on {sft['rows']} rows, then "
+            f"{10 * dpo['per_pair'] + dpo['cascades']} conflicts and {dpo['benign']} calibration "
+            f"rows in three stages; {10 * held['per_pair']} held-out conflicts, "
+            f"{10 * held['aligned'] + held['benign']} harmless prompts"
+            + ("" if "seed" in held else " a seed"))
 
 
 def corner(pairs_won):
@@ -210,11 +225,15 @@ def judge():
     "Page, and its claims, from the committed record."
     found, seeds = recorded("hierarchy")
     def of(arm, name): return found["arms"][arm][name]
-    return "hierarchy", claims(of, seeds, COMMAND)
+    def all_arms(name): return [sum(x) / len(x) for x in zip(*(of(a, name) for a in found["arms"]))]
+    return "hierarchy", claims(of, all_arms, seeds, setup_of(found["_provenance"]["config"]))
 
 
-def claims(of, seeds, command):
+def claims(of, all_arms, seeds, setup):
     "Rows of the claims table: differences seed by seed, positive where they favour the claim."
+    more = dict(setup=setup, seeds=seeds, command=COMMAND)
+    try: place = rank_claim(all_arms("higher_first"), all_arms("upside_down"), more)
+    except KeyError: place = place_claim(all_arms("macro"), all_arms("upside_down"), more)
     def gap(a, b, name, factor=1.):
         return [factor * x - y for x, y in zip(of(a, name), of(b, name))]
     def corners(arm): return map(corner, of(arm, "pairs_won"))
@@ -243,12 +262,27 @@ def claims(of, seeds, command):
          abstract, "lower", gap(no_segments, "bilateral", "refused")),
         ("DPO raises macro PPA over supervised training (difference)",
          abstract, "higher", gap("DPO", "SFT", "macro"))]
-    return [claim_row(claim, source, paper, values, above(), setup=SETUP, seeds=seeds,
-                      command=command) for claim, source, paper, values in rows]
+    return [claim_row(*row, above(), **more) for row in rows] + [place]
+
+
+def rank_claim(first, last, more):
+    "Blocks were shuffled: does their place still count?"
+    return claim_row("rank, not place: with the higher level last, a conflict is won no more than "
+                     ".1 less often than with it first (macro PPA, difference, mean of all arms)",
+                     "our control", "left out", [b - a for a, b in zip(first, last)], above(-.1),
+                     **more)
+
+
+def place_claim(first, last, more):
+    "Blocks stood by rank: was it rank that was learned?"
+    return claim_row("trained with the blocks by rank, these models follow place: with the blocks "
+                     "turned round a conflict is won less often (macro PPA, difference, mean of "
+                     "all arms)", "our control", "left out",
+                     [a - b for a, b in zip(first, last)], above(), **more)
 
 
 def main(argv=None):
-    args = options(__doc__, [0, 1, 2]).parse_args(argv)
+    args = options(__doc__, list(SEEDS)).parse_args(argv)
     def run(todo, minutes): return work(todo, CELLS, run_cell, shown, minutes)
     return run_or_record(args, lambda: configs(args.seeds), run, record, judge)
 

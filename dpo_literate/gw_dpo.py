@@ -90,15 +90,20 @@ def add_delimiters(
     return ids
 
 # %% ../nbs/21a_gw_dpo.ipynb #76f3ab79
+def _in_order(levels, upside_down, order):
+    "The levels as they stand in the prompt."
+    return (list(order) or sorted(levels))[::-1 if upside_down else 1]
+
 def messages_of(
     levels:dict, # level, 0 … 4 -> text; missing levels are left out of the prompt
     tokenizer,   # with delimiters
-    upside_down:bool=False, # lowest level first, see page 21b
+    upside_down:bool=False, # the other way round, see page 21b
+    order:tuple=(), # of the levels; empty: by rank
 )->list[dict]:   # messages of the chat template
     "Behind the front end: no level can spell a control token."
     if not levels or set(levels) - set(range(5)):
         raise Refusal(f"levels {sorted(levels, key=str)}: expected at least one of 0 to 4")
-    marks, order = reserved_tokens(tokenizer), sorted(levels, reverse=upside_down)
+    marks, order = reserved_tokens(tokenizer), _in_order(levels, upside_down, order)
     return [{"role": f"L{level}", "content": strip_reserved(levels[level], marks)}
             for level in order]
 
@@ -126,7 +131,8 @@ def hierarchy_rows(
     rows = []
     for n, (x, offset) in enumerate(zip(items, offsets_of(items, schedule, alpha))):
         replies = [[{"role": "assistant", "content": y}] for y in (x.chosen, x.rejected)]
-        turns = encode_turns(messages_of(x.levels, tokenizer), replies, tokenizer)
+        messages = messages_of(x.levels, tokenizer, order=x.order)
+        turns = encode_turns(messages, replies, tokenizer)
         rows.append(Row(turns.prompt_ids, *turns.reply_ids, f"{x.kind} {n}", offset=offset))
     return rows
 
@@ -137,10 +143,11 @@ def has_level_tokens(tokenizer)->bool: # has it a mark for every level?
 def turns_of(
     levels:dict, # level, 0 … 4 -> text
     tokenizer,   # with a chat template of its own
-    upside_down:bool=False, # lowest level of a turn first
+    upside_down:bool=False, # a turn the other way round
+    order:tuple=(), # of the levels; empty: by rank
 )->list[dict]:   # one or two messages
     "What a model without marks is asked: two turns for five levels."
-    marks, order = reserved_tokens(tokenizer), sorted(levels, reverse=upside_down)
+    marks, order = reserved_tokens(tokenizer), _in_order(levels, upside_down, order)
     halves = {"system": [n for n in order if n < 3], "user": [n for n in order if n > 2]}
     joined = {role: "\n".join(levels[n] for n in ns) for role, ns in halves.items() if ns}
     return [{"role": role, "content": strip_reserved(text, marks)}
@@ -153,7 +160,7 @@ def level_prompt(
 )->list[int]:               # token ids
     "An item as its model is asked."
     messages = messages_of if has_level_tokens(tokenizer) else turns_of
-    return encode_prompt(messages(item.levels, tokenizer, upside_down), tokenizer)
+    return encode_prompt(messages(item.levels, tokenizer, upside_down, item.order), tokenizer)
 
 # %% ../nbs/21a_gw_dpo.ipynb #3295c5e2
 class _OnlyRows:
@@ -359,10 +366,10 @@ def train_hierarchy(
     **settings,                  # of `DPOConfig`
 )->list[list]:                   # the log of each stage
     "GW-DPO's curriculum (arXiv:2606.10860): the reference is reset at each stage."
-    rows, checks = (hierarchy_rows(xs, tokenizer, schedule, alpha) for xs in (items, held))
-    logs = []
+    checks, logs = hierarchy_rows(held, tokenizer, schedule, alpha), []
     for n, gap in enumerate(gaps):
-        some = [r for r, x in zip(rows, items) if in_stage(x, gap)]
+        stage = [x for x in items if in_stage(x, gap)]      # a constant offset is matched in each
+        some = hierarchy_rows(stage, tokenizer, schedule, alpha)
         args = DPOConfig(str(Path(out) / f"stage-{n + 1}"), **settings)
         trainer = keep_marks(DPOTrainer(
             policy, args=args, train_dataset=some, eval_dataset=checks or None,
