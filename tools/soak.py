@@ -2,9 +2,10 @@
 
     python -m tools.soak                  # every row, at most an hour; what is done is kept
     python -m tools.soak --only kills     # some rows
-    python -m tools.soak --record         # the table as it stands, into nbs/results/soak.json
+    python -m tools.soak --record         # measure nothing: what is there, into the record
 
-A row says what was counted, what was aimed at, and whether that was met. Pieces that are done lie
+A row says what was counted, what was aimed at, and whether that was met; nbs/results/soak.json
+holds the newest of each, with the commit it was counted at. Pieces that are done lie
 in runs/soak/ under a hash of the package: an interrupted soak goes on, other code begins anew.
 Most of it is the tests' own functions, called more often than `make test` has time for."""
 import argparse
@@ -19,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from dpo_literate.results import repo_dir, save_result, to_json
+from dpo_literate.results import commit, repo_dir, save_result, to_json
 from dpo_literate.runs import Stages, digest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -398,20 +399,30 @@ for _name, (_figure, _target, _least, _ids) in TESTS.items():
 
 # ------------------------------------------------------------ main
 
-def table(soak, names, measure):
-    "Rows of the record; without `measure` only what is there."
-    rows = []
-    for name in names:
-        figure, target, find, command = ROWS[name]
-        start = time.monotonic()
-        if not measure: soak.end = 0
-        try: ours, met, more = find(soak)
-        except OutOfTime: ours, met, more = "not measured: out of time", False, {}
-        rows.append(dict(name=name, figure=figure, target=target, ours=ours, met=bool(met),
-                         command=command, **({"more": more} if more else {})))
-        print(f"{'met    ' if met else 'NOT MET'} {name}: {ours}  "
-              f"({time.monotonic() - start:.0f} s)", flush=True)
-    return rows
+def measured(soak, name):
+    "A row of the record, or None where there was no time for it."
+    figure, target, find, command = ROWS[name]
+    start = time.monotonic()
+    try: ours, met, more = find(soak)
+    except OutOfTime: return print(f"        {name}: no time for it", flush=True)
+    print(f"{'met    ' if met else 'NOT MET'} {name}: {ours}  "
+          f"({time.monotonic() - start:.0f} s)", flush=True)
+    return dict(name=name, figure=figure, target=target, ours=ours, met=bool(met), command=command,
+                commit=commit(), package=soak.package[:12], more=more)
+
+
+def record(rows, seconds, minutes):
+    "Write the table; a row that was not measured now stays as it was, with its commit."
+    path = repo_dir() / "nbs" / "results" / "soak.json"
+    old = json.loads(path.read_text(encoding="utf-8"))["values"]["rows"] if path.exists() else []
+    known = {r["name"]: r for r in (*old, *filter(None, rows))}
+    none = dict(ours="not measured", met=False, commit=None, package=None, more={})
+    whole = [known.get(n) or dict(name=n, figure=f, target=t, command=c, **none)
+             for n, (f, t, _, c) in ROWS.items()]
+    save_result("soak", dict(rows=whole), command="make soak", seed=None, seconds=seconds,
+                config=dict(minutes=minutes),
+                what="reliability figures: kills, damage, full disks, fuzz, exactness")
+    return whole
 
 
 def main(argv=None):
@@ -419,19 +430,16 @@ def main(argv=None):
     ask.add_argument("--only", nargs="+", choices=sorted(ROWS), help="these rows")
     ask.add_argument("--minutes", type=float, default=60., help="begin nothing new after these")
     ask.add_argument("--part", type=float, default=1., help="a share of every count, for a trial")
-    ask.add_argument("--record", action="store_true", help="write what is there, measure nothing")
+    ask.add_argument("--record", action="store_true", help="measure nothing, write what is there")
     args = ask.parse_args(argv)
     import torch
     torch.set_num_threads(1)
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    soak, start = Soak(repo_dir() / "runs" / "soak", args.minutes, args.part), time.monotonic()
-    rows = table(soak, args.only or list(ROWS), not args.record)
-    if args.part == 1 and not args.only:
-        seconds = sum(soak.stages.seconds.values()) or time.monotonic() - start
-        save_result("soak", dict(package=soak.package, rows=rows), command="make soak", seed=None,
-                    config=dict(minutes=args.minutes), seconds=seconds,
-                    what="reliability figures: kills, damage, full disks, fuzz, exactness")
-    return 0 if all(r["met"] for r in rows) else 1
+    soak = Soak(repo_dir() / "runs" / "soak", args.minutes, args.part)
+    if args.record: soak.end = 0
+    rows = [measured(soak, name) for name in args.only or ROWS]
+    if args.part == 1: record(rows, sum(soak.stages.seconds.values()), args.minutes)
+    return 0 if all(r and r["met"] for r in rows) else 1
 
 
 if __name__ == "__main__": sys.exit(main())
