@@ -10,7 +10,7 @@ PIP   = echo "  $(1)" && $(PY) -m pip install --disable-pip-version-check --root
 export TOKENIZERS_PARALLELISM := false
 export MPLBACKEND ?= agg
 
-.PHONY: help setup demo test lab docs check slow bench mutants export clean-nbs readme
+.PHONY: help setup demo test lab docs check slow bench mutants soak export clean-nbs readme
 help:      ## this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
@@ -53,6 +53,9 @@ bench: setup ## speed and memory beside TRL
 
 mutants: setup ## seeded mistakes, and whether the tests see them
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest tests/test_mutants.py -m slow -n 0 -s
+
+soak: setup ## an hour: kills, damage, full disks, fuzz, exactness; the table of page 42
+	@$(PY) -m tools.soak $(ARGS)
 
 export: setup ## notebooks -> dpo_literate/
 	@$(VENV)/bin/nbdev-export

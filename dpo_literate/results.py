@@ -146,11 +146,12 @@ def new_folder(
     if not os.access(there, os.W_OK): raise Refusal(f"cannot write in {there}: {remedy}", 4)
     return out
 
-def aside(path:Path)->bool: # a lock, tables of a reference, or what a killed write left
-    if path.name == "reference" and path.is_dir():
-        return all(re.fullmatch(r"[0-9a-f]{32}\.safetensors", p.name) for p in path.iterdir()
-                   if not aside(p))
-    return path.name == ".run.lock" or path.name.startswith(".") and PART in path.name
+def aside(path:Path)->bool: # a lock, tables of a reference, or what a killed start or write left
+    if path.name == ".run.lock" or path.name.startswith(".") and PART in path.name: return True
+    if path.is_symlink() or not path.is_dir(): return False
+    rest = [p for p in path.iterdir() if not aside(p)]       # none: there is nothing to lose
+    tables = path.name == "reference"
+    return all(tables and re.fullmatch(r"[0-9a-f]{32}\.safetensors", p.name) for p in rest)
 
 # %% ../nbs/00b_results.ipynb #47716814
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "trl",

@@ -1,4 +1,5 @@
 """Tests that seeded mistakes asked for: each of these once lived through the whole suite."""
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from dpo_literate import manifest as mf
 from dpo_literate import models, results
 from dpo_literate.audit import check_preferences, leakage
 from dpo_literate.logps import pad_rows, reply_logps
-from dpo_literate.models import TINY, tiny_model
+from dpo_literate.models import TINY, tiny_model, weights_hash
 from dpo_literate.packing import pack_rows
 from dpo_literate.preferences import row_hash
 from dpo_literate.reading import load_preferences
@@ -215,3 +216,34 @@ def test_neighbouring_seeds_and_epochs_share_no_order():
     from dpo_literate.step import epoch_order
     orders = {tuple(epoch_order(30, seed, epoch)) for seed in range(40, 50) for epoch in range(10)}
     assert len(orders) == 100 and all(sorted(o) == list(range(30)) for o in orders)
+
+
+# ------------------------------------------------------------ PPO
+
+def test_an_advantage_ends_with_its_reply():
+    "Whatever is rewarded behind the end of a shorter reply."
+    from dpo_literate.ppo import gae
+    g = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 5, dtype=torch.float64, generator=g)
+    mask = (torch.arange(5) < torch.tensor([[5], [3], [1]])).double()
+    advantages, returns = gae(rewards, values, mask, gamma=.9)
+    for i, n in enumerate((5, 3, 1)):
+        alone = gae(rewards[i:i + 1, :n], values[i:i + 1, :n], mask[i:i + 1, :n], gamma=.9)
+        for found, want in zip((advantages, returns), alone):
+            assert torch.allclose(found[i, :n], want[0], atol=1e-14)
+            assert not found[i, n:].any()
+
+
+def test_a_steered_beta_goes_on_where_it_was(tmp_path):
+    from test_ppo import CONFIG, make
+    from dpo_literate.ppo_text import resume, train
+    config = dataclasses.replace(CONFIG, kl_target=.5, lr=3e-3, steps=3, save_steps=1)
+    whole = make(config=config)
+    train(whole)
+    train(make(config=dataclasses.replace(config, steps=1), output_dir=tmp_path))
+    again = make(config=config, output_dir=tmp_path)
+    resume(again)
+    assert again.done == 1 and again.control.coef != config.kl_coef
+    train(again)
+    assert again.control.coef == whole.control.coef != config.kl_coef
+    assert weights_hash(again.policy) == weights_hash(whole.policy)

@@ -2,14 +2,17 @@
 
     python -m tools.soak                  # every row, at most an hour; what is done is kept
     python -m tools.soak --only kills     # some rows
-    python -m tools.soak --record         # the table as it stands, into nbs/results/soak.json
+    python -m tools.soak --record         # measure nothing: what is there, into the record
 
-A row says what was counted, what was aimed at, and whether that was met. Pieces that are done lie
+A row says what was counted, what was aimed at, and whether that was met; nbs/results/soak.json
+holds the newest of each, with the commit it was counted at. Pieces that are done lie
 in runs/soak/ under a hash of the package: an interrupted soak goes on, other code begins anew.
 Most of it is the tests' own functions, called more often than `make test` has time for."""
 import argparse
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from dpo_literate.results import repo_dir, save_result, to_json
+from dpo_literate.results import commit, repo_dir, save_result, to_json
 from dpo_literate.runs import Stages, digest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +58,15 @@ class Soak:
         if (found := self.stages.find(name, inputs, f"-{k}")) is not None: return found["value"]
         if time.monotonic() > self.end: raise OutOfTime
         return self.stages.do(name, inputs, make, f"-{k}")
+
+    def pieces(self, name, jobs):
+        "The pieces of a row by name, made in their order as far as the time goes."
+        found = {}
+        for k, make in jobs.items():
+            try: found[k] = self.piece(name, k, make)
+            except OutOfTime: continue
+        if not found: raise OutOfTime
+        return found
 
     def done(self, name, keys):
         "The pieces of a row that are there."
@@ -98,22 +110,20 @@ def kill_on(soak, share):
     from tools import soak_kills as S
     with desk() as at:
         S.warm(at)
-        _, have = kills_so_far(soak, share)
-        for i in range(400):
-            for kind, of in S.KINDS.items():
-                if have[kind] >= share * of.share: continue
-                t = soak.piece("kills", f"{kind} {i}", lambda: S.trial(kind, i))
-                have[kind] = sum(x["kills"] for x in soak.done(
-                    "kills", [f"{kind} {j}" for j in range(i + 1)]))
-                print(f"kills {sum(have.values())}: {kind} {have[kind]}  {t}", flush=True)
+        found, have = kills_so_far(soak, share)
+        for i, (kind, of) in itertools.product(range(400), S.KINDS.items()):
+            if have[kind] >= share * of.share or soak.done("kills", [f"{kind} {i}"]): continue
+            t = soak.piece("kills", f"{kind} {i}", lambda: S.trial(kind, i))
+            have[kind] += t["kills"]
+            print(f"kills {sum(have.values())}: {kind} {have[kind]}  {t}", flush=True)
         S.straight.cache_clear()
 
 
 @row("kills", "SIGKILLs, each followed by a start in the same folder: runs that did not go on, "
      "ends that differ in a bit, acknowledged saves lost", "1,000 kills; 0, 0, 0")
 def kills(soak):
-    try: kill_on(soak, soak.part)
-    except OutOfTime: pass
+    with contextlib.suppress(OutOfTime):
+        if time.monotonic() < soak.end: kill_on(soak, soak.part)
     found, have = kills_so_far(soak, soak.part)
     trials = [t for ts in found.values() for t in ts]
     bad = {k: sum((t[k] for t in trials), []) for k in ("failed", "unequal", "lost")}
@@ -229,26 +239,27 @@ def disk(soak):
 def exactness(soak):
     from tools import soak_exact as E
     from tools.soak_kills import RAM
-    found = {n: soak.piece("exactness", n, lambda: E.exactness(n, RAM)) for n in E.NAMES}
+    found = soak.pieces("exactness", {n: functools.partial(E.exactness, n, RAM) for n in E.NAMES})
     numbers = [v for f in found.values() for k, v in f.items()
                if k != "moved" and not isinstance(v, str)]
     words = {f"{n}, {k}": v for n, f in found.items() for k, v in f.items() if isinstance(v, str)}
     failed = {k: v for k, v in words.items() if not v.startswith("refused")}
-    ours = f"{max(numbers):.0e} over {len(numbers)} of {4 * len(found)} cases"
+    ours = f"{max(numbers):.0e} over {len(numbers)} cases of {len(found)} losses"
+    if len(found) < len(E.NAMES): ours += f"; {len(E.NAMES) - len(found)} losses not tried"
     ours += f"; {len(words) - len(failed)} refused by name" if words else ""
     least = min(f.get("moved", 1) for f in found.values())
-    return ours, max(numbers) <= 1e-10 and not failed and least > 1e-5, dict(words=words)
+    fine = max(numbers) <= 1e-10 and not failed and least > 1e-5
+    return ours, fine and len(found) == len(E.NAMES), dict(words=words)
 
 
 @row("fuzz", "texts that spell control tokens, in 12 forms of templates and three families of "
      "tokenizers: rows with a control token of theirs", "10,000 a form; 0")
 def fuzz(soak):
     from tools import soak_exact as E
-    n, found = soak.times(10_000), []
-    for form in list(E.FORMS)[:12]:
-        for k in range(0, n, 2_500):
-            last = min(n, k + 2_500)
-            found.append(soak.piece("fuzz", f"{form} {k}", lambda: E.fuzz(form, k, last)))
+    n, forms = soak.times(10_000), list(E.FORMS)[:12]
+    jobs = {f"{form} {k}": functools.partial(E.fuzz, form, k, min(n, k + 2_500))
+            for k in range(0, n, 2_500) for form in forms}
+    found = list(soak.pieces("fuzz", jobs).values())
     total = {k: sum(f[k] for f in found) for k in found[0]}
     ours = (f"{total['texts']:,} texts, {total['spelled']:,} of them spelled one; "
             f"{total['through']} got through, {total['refused']} refused")
@@ -340,11 +351,9 @@ def mutants_of(module):
 @row("mutants", "mistakes seeded into the package: not seen by any test", "60 mistakes; 0")
 def mutants(soak):
     from test_mutants import BLIND, MUTANTS
-    found, late = {}, 0
     modules = list(dict.fromkeys(m.module for m in (*BLIND, *MUTANTS)))
-    for module in modules:
-        try: found[module] = soak.piece("mutants", module, lambda: mutants_of(module))
-        except OutOfTime: late += 1
+    found = soak.pieces("mutants", {m: functools.partial(mutants_of, m) for m in modules})
+    late = len(modules) - len(found)
     caught = {m: [sum(v == "caught" for v, _ in f.values()), len(f)] for m, f in found.items()}
     alive = [f"{m}: {what}: {v}" for m, f in found.items() for what, (v, _) in f.items()
              if v != "caught"]
@@ -398,20 +407,30 @@ for _name, (_figure, _target, _least, _ids) in TESTS.items():
 
 # ------------------------------------------------------------ main
 
-def table(soak, names, measure):
-    "Rows of the record; without `measure` only what is there."
-    rows = []
-    for name in names:
-        figure, target, find, command = ROWS[name]
-        start = time.monotonic()
-        if not measure: soak.end = 0
-        try: ours, met, more = find(soak)
-        except OutOfTime: ours, met, more = "not measured: out of time", False, {}
-        rows.append(dict(name=name, figure=figure, target=target, ours=ours, met=bool(met),
-                         command=command, **({"more": more} if more else {})))
-        print(f"{'met    ' if met else 'NOT MET'} {name}: {ours}  "
-              f"({time.monotonic() - start:.0f} s)", flush=True)
-    return rows
+def measured(soak, name):
+    "A row of the record, or None where there was no time for it."
+    figure, target, find, command = ROWS[name]
+    start = time.monotonic()
+    try: ours, met, more = find(soak)
+    except OutOfTime: return print(f"        {name}: no time for it", flush=True)
+    print(f"{'met    ' if met else 'NOT MET'} {name}: {ours}  "
+          f"({time.monotonic() - start:.0f} s)", flush=True)
+    return dict(name=name, figure=figure, target=target, ours=ours, met=bool(met), command=command,
+                commit=commit(), package=soak.package[:12], more=more)
+
+
+def record(rows, seconds, minutes):
+    "Write the table; a row that was not measured now stays as it was, with its commit."
+    path = repo_dir() / "nbs" / "results" / "soak.json"
+    old = json.loads(path.read_text(encoding="utf-8"))["values"]["rows"] if path.exists() else []
+    known = {r["name"]: r for r in (*old, *filter(None, rows))}
+    none = dict(ours="not measured", met=False, commit=None, package=None, more={})
+    whole = [known.get(n) or dict(name=n, figure=f, target=t, command=c, **none)
+             for n, (f, t, _, c) in ROWS.items()]
+    save_result("soak", dict(rows=whole), command="make soak", seed=None, seconds=seconds,
+                config=dict(minutes=minutes),
+                what="reliability figures: kills, damage, full disks, fuzz, exactness")
+    return whole
 
 
 def main(argv=None):
@@ -419,19 +438,16 @@ def main(argv=None):
     ask.add_argument("--only", nargs="+", choices=sorted(ROWS), help="these rows")
     ask.add_argument("--minutes", type=float, default=60., help="begin nothing new after these")
     ask.add_argument("--part", type=float, default=1., help="a share of every count, for a trial")
-    ask.add_argument("--record", action="store_true", help="write what is there, measure nothing")
+    ask.add_argument("--record", action="store_true", help="measure nothing, write what is there")
     args = ask.parse_args(argv)
     import torch
     torch.set_num_threads(1)
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    soak, start = Soak(repo_dir() / "runs" / "soak", args.minutes, args.part), time.monotonic()
-    rows = table(soak, args.only or list(ROWS), not args.record)
-    if args.part == 1 and not args.only:
-        seconds = sum(soak.stages.seconds.values()) or time.monotonic() - start
-        save_result("soak", dict(package=soak.package, rows=rows), command="make soak", seed=None,
-                    config=dict(minutes=args.minutes), seconds=seconds,
-                    what="reliability figures: kills, damage, full disks, fuzz, exactness")
-    return 0 if all(r["met"] for r in rows) else 1
+    soak = Soak(repo_dir() / "runs" / "soak", args.minutes, args.part)
+    if args.record: soak.end = 0
+    rows = [measured(soak, name) for name in args.only or ROWS]
+    if args.part == 1: record(rows, sum(soak.stages.seconds.values()), args.minutes)
+    return 0 if all(r and r["met"] for r in rows) else 1
 
 
 if __name__ == "__main__": sys.exit(main())

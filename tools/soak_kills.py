@@ -269,8 +269,9 @@ def straight(kind):
 
 
 def aim_at(rng, writes, seconds):
-    "One kill in four by the clock, the others at a write or within milliseconds of it."
-    if rng.random() < .25: return Aim(seconds=rng.uniform(0, seconds))
+    """One kill in four by the clock, the others at a write or within milliseconds of it; all by the
+    clock where a run writes little and late."""
+    if rng.random() < .25 or writes < 50: return Aim(seconds=rng.uniform(0, seconds))
     late = rng.choice((0, rng.uniform(0, .004)))
     return Aim(writes=rng.randint(1, max(2, writes // 4)), late=late)
 
