@@ -183,6 +183,45 @@ def sweep(args):
     return dict(sweep=found)
 
 
+ATTENTION = dict(pairs="sdpa_pairs", dense="sdpa", flex="flex_attention", varlen="sdpa_segments")
+
+
+def attention(args):
+    """Seconds of a training step and its log-probs' distance from `pairs`, kernel by kernel: two
+    dense calls a pair, one call with a mask, FlexAttention, one varlen call."""
+    from dpo_literate.packing import attention_for, pack_rows
+    from dpo_literate.logps import reply_logps
+    from dpo_literate.segments import check_varlen
+    net, c, found = model(args.model), MODELS[args.model], {}
+    kinds = ("tiny",) if args.tiny else ("hh", "ultrafeedback")
+    lent = {k: pack_rows(rows(k, MICRO, c["vocab_size"]), args.capacity)[0].to(net.device)
+            for k in kinds}
+    for kind, batch in lent.items():
+        first = None
+        for name, implementation in ATTENTION.items():
+            net.config._attn_implementation = implementation
+            def step():
+                mask = attention_for(batch, implementation, torch.bfloat16)
+                sums = reply_logps(net, batch, attention_mask=mask).sums
+                sums.sum().backward()
+                net.zero_grad(set_to_none=True)
+                return sums.detach()
+            try:
+                with torch.autocast(net.device.type, torch.bfloat16, enabled=not args.tiny):
+                    sums = step(); start = clock()          # the first call compiles and tunes
+                    for _ in range(3): step()
+            except Exception as why:                        # a kernel that this machine lacks
+                found[f"{kind}/{name}"] = dict(failed=f"{type(why).__name__}: {why}"[:200])
+                continue
+            seconds, first = (clock() - start) / 3, sums if first is None else first
+            found[f"{kind}/{name}"] = dict(seconds=seconds, tokens=batch.input_ids.numel(),
+                                           off=(sums - first).abs().max().item())
+    width = c["hidden_size"] // c["num_attention_heads"]
+    trusted = check_varlen(net.device, torch.bfloat16, c["num_attention_heads"],
+                           c["num_key_value_heads"], width)
+    return dict(attention=found, varlen=trusted or "agrees with its plain twin")
+
+
 def child(args, **over):
     "Run one arm in a fresh process."
     flags = []
@@ -232,13 +271,17 @@ def measured(args):
             print(f"{cell}/{side}", short or got, flush=True)
     found["sweep"] = child(args, arm="sweep", model="tiny" if args.tiny else "1b-full", **shared)
     print("sweep", found["sweep"])
+    found["attention"] = child(args, arm="attention", model="tiny" if args.tiny else "1b-full",
+                               **shared)
+    print("attention", found["attention"])
     return found
 
 
 def main():
     args = parsed()
     if args.arm:
-        print("RESULT " + json.dumps(sweep(args) if args.arm == "sweep" else arm(args)))
+        what = dict(sweep=sweep, attention=attention).get(args.arm, arm)
+        print("RESULT " + json.dumps(what(args)))
         return
     if not args.tiny and not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: no CUDA device here; --tiny runs the same code on a CPU")

@@ -67,6 +67,14 @@ def only_plain(
     if window and longest > window:
         raise Refusal(f"a text of {longest} tokens is longer than the model's window of {window}")
 
+# %% ../nbs/07a_attention.ipynb #7a5b0002
+def widened(
+    *qkv:Tensor, # queries, keys, values
+)->tuple:        # the same; on a CPU no half precision
+    "What a CPU attends in."
+    slow = qkv[0].device.type == "cpu" and any(x.dtype.itemsize == 2 for x in qkv)
+    return tuple(x.float() for x in qkv) if slow else qkv
+
 # %% ../nbs/07a_attention.ipynb #4e295d1c
 def pair_attention(
     module,                  # the layer that asks
@@ -79,14 +87,16 @@ def pair_attention(
     **asked,                 # soft-cap, window, …: refused where they matter
 )->tuple[Tensor,None]:       # (1,T,heads,d), no weights
     "Attention of a packed row, pair by pair."
-    spans = attention_mask.flatten(0, 2).tolist()
+    spans, dtype = attention_mask.flatten(0, 2).tolist(), value.dtype
     only_plain(max(p + max(replies) for p, *replies in spans), **asked)
+    query, key, value = widened(query, key, value)
     shared = query.shape[1] // key.shape[1]              # query heads a key head serves
     key, value = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (key, value))
     parts = zip(*(x.split(list(map(sum, spans)), 2) for x in (query, key, value)), spans)
-    out = [attend_branches(*qkv, lengths, scale=scaling, dropout_p=dropout)
-           for *qkv, lengths in parts]
-    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+    with torch.autocast("cpu", enabled=False):
+        out = [attend_branches(*qkv, lengths, scale=scaling, dropout_p=dropout)
+               for *qkv, lengths in parts]
+    return torch.cat(out, 2).transpose(1, 2).to(dtype).contiguous(), None
 
 # %% ../nbs/07a_attention.ipynb #111a01bd
 def pairs_or_sdpa(module, query, key, value, attention_mask, **rest):

@@ -10,9 +10,10 @@ __all__ = ['FLOOR', 'TIMES', 'lay_out', 'sees', 'pair_length', 'bins', 'row_capa
 import contextlib
 import torch
 from torch import Tensor
-from .attention import knows_pairs, pair_spans
+from .attention import pair_spans
 from .logps import Batch, ReplyLogps, pad_rows, reply_logps, unwrapped
 from .results import Refusal
+from .segments import takes_spans
 
 # %% ../nbs/08_packing.ipynb #bc89e632
 def lay_out(
@@ -103,12 +104,12 @@ def _block_mask(seg:Tensor, width:int): # segment_ids, (R,T); segments of a pair
 
 def attention_for(
     batch:Batch,            # packed pairs
-    kind:str="sdpa",        # "sdpa_pairs", "sdpa", "eager" or "flex_attention"
+    kind:str="sdpa",        # "sdpa_pairs", "sdpa_segments", "sdpa", "eager", "flex_attention"
     dtype=torch.float32,    # of the additive mask (eager)
 ):                          # what the model takes as its attention_mask
     "Formula (8.1) in the form an attention kernel takes."
     seg, spans = batch.segment_ids, batch.spans
-    if kind == "sdpa_pairs":
+    if kind in ("sdpa_pairs", "sdpa_segments"):
         return torch.tensor(spans)[None, None] if spans else pair_spans(batch.rows)
     width = len(spans[0]) if spans else 3
     if kind == "sdpa": return sees(seg, width)
@@ -125,7 +126,7 @@ def packed_reply_logps(
 )->ReplyLogps:
     "`reply_logps` for either layout."
     if batch.attention_mask is not None: return reply_logps(model, batch, extras)
-    base, _ = unwrapped(model), knows_pairs(model)
+    base, _ = unwrapped(model), takes_spans(model)
     kind = base.config.get_text_config()._attn_implementation or "eager"
     mask = attention_for(batch, kind, base.dtype)
     return reply_logps(model, batch, extras, attention_mask=mask)

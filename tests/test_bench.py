@@ -33,6 +33,10 @@ def test_gpu_benchmark_runs_on_a_cpu():
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-4) and len(ours["losses"]) == 1
     assert ours["useful_flops"] == theirs["useful_flops"] > 0 and ours["pairs_per_second"] > 0
     assert [s["tokens"] for s in found["sweep"]["sweep"]] == [4 * (p + 2 * 65) for p in (16, 32)]
+    kernels = found["attention"]["attention"]
+    assert {f"tiny/{k}" for k in ("pairs", "dense", "flex", "varlen")} == set(kernels)
+    for k in ("pairs", "dense", "varlen"): assert kernels[f"tiny/{k}"]["off"] < 1e-3
+    assert "agrees" in found["attention"]["varlen"] or "refused" in found["attention"]["varlen"]
     assert (not (BENCHMARKS.parent / "nbs" / "results" / "bench_gpu.json").exists()
             or "cuda" in (BENCHMARKS.parent / "nbs" / "results"
                           / "bench_gpu.json").read_text().lower())
@@ -182,10 +186,21 @@ def test_the_best_of_trl_counts():
     def arm(speed, memory, losses):
         return dict(pairs_per_second=speed, peak_memory_gb=memory, losses=losses)
     found = bench.compare(dict(ours=arm(8., 4., [.7, .5]), trl=arm(2., 10., [.7, .5]),
+                               ours_checkpointing=arm(6., 2., [.7, .5]),
                                trl_precompute=arm(1., 8., [.7, .4]),
                                trl_checkpointing=arm(1.5, 5., [.7, .5])))
     assert (found["best_trl"], found["speed_ratio"], found["memory_ratio"]) == ("trl", 4., .4)
     assert ((found["leanest_trl"], found["memory_ratio_to_leanest"]) == ("trl_checkpointing", .8)
             and found["max_loss_difference"] == pytest.approx(.1))
+    assert (found["lean_memory_ratio"], found["lean_speed_ratio"]) == (.4, 4.)
     with pytest.raises(ValueError):
         bench.compare(dict(ours=arm(1., 1., [.7]), trl=arm(1., 1., [.7, .6])))
+
+
+def test_the_cost_of_a_neighbour_is_measured_arm_by_arm():
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "load.py"), "--tiny", "--steps", "2",
+                           "--threads", "1"], capture_output=True, text=True, timeout=300)
+    line, = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")] or [done.stderr]
+    one, = json.loads(line[7:])
+    assert (one["threads"], one["policy"]) == (1, "as it is")
+    assert one["alone"] > 0 and one["cost"] == one["beside"] / one["alone"]

@@ -273,12 +273,12 @@ def test_prompts_are_read_once_and_what_they_share_once_for_all():
             S,
             "attention_of",
             lambda d, n, x, *rest: (
-                seen.append(tuple(x.shape[:2])) if n == 0 else None,
+                seen.append(len(x)) if n == 0 else None,
                 real(d, n, x, *rest),
             )[1],
         )
         generate(d, [p for p in prompts for _ in range(4)], torch.rand(12, 3), set())
-    assert seen == [(1, 4), (3, 1), (12, 1), (12, 1)]
+    assert seen == [4, 3, 12, 12]
 
 
 def test_finished_replies_leave_the_batch():
