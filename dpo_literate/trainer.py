@@ -51,8 +51,7 @@ class PreferenceTrainer(TransformersPort, Trainer):
         evals=None,         # rows, or a dict of them
         tokenizer=None, ref_model=None, mode:str="none", # see `reference_mode`
         counts:dict|None=None, notes:tuple=(),           # for card and log
-        layout_check=None, start_tolerance:float|None=None,
-        terms:tuple=(),     # auxiliary losses, see `PreferenceStep`
+        layout_check=None, start_tolerance:float|None=None, terms:tuple=(), # see page 10
         **given,            # compute_metrics, callbacks, optimizers: as for `Trainer`
     ):
         check_overrides(type(self), PreferenceTrainer)
@@ -86,22 +85,28 @@ class PreferenceTrainer(TransformersPort, Trainer):
     def floating_point_ops(self, inputs): return 0
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        "The micro-batches of one optimizer step, laid out, and N."
         return laid_out(self, itertools.islice(epoch_iterator, num_batches))
     def training_step(self, model, inputs, num_items_in_batch=None):
+        "Forward and backward of one micro-batch."
         return in_pieces(self, learning(self, model), inputs["pieces"], num_items_in_batch)
 
     def as_rows(self, data)->list: # of an evaluation set
         return prepare_rows(data, self.processing_class, self.args)[0]
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        "As `Trainer`'s; pairs that are not rows yet are encoded."
         return super().evaluate(sets_of(self, eval_dataset), ignore_keys, metric_key_prefix)
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None,
                         ignore_keys=None, metric_key_prefix="eval"):
+        "Loss and metrics of a set of rows."
         return evaluated(self, list(dataloader.dataset), metric_key_prefix)
 
     def log(self, logs, start_time=None):
-        if "loss" in logs: logs |= self.step.meter.line()   # means over all pairs since the last
+        "Trainer's line, with the means over all pairs since the last one."
+        if "loss" in logs: logs |= self.step.meter.line()
         super().log(logs, start_time)
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **_):
+        "Write README.md beside the model."
         write_model_card(self, model_name, dataset_name, tags)
 
 # %% ../nbs/10d_trainer.ipynb #1d524905

@@ -19,7 +19,7 @@ NBS = Path(__file__).resolve().parents[1] / "nbs"
 # the pages the trainer is made of, and the most lines a cell of theirs may have
 PAGES = ("09b_run_folder", "09c_port", "09d_objective", "10_step", "10ca_monitor", "10d_trainer",
          "11_align")
-LONGEST = 60
+LONGEST = 64
 
 
 def cells(name): return json.loads((NBS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
