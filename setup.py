@@ -27,6 +27,7 @@ setup(
                     for key in meta if key.startswith("requirements_")},
     packages=[meta["lib_path"], f"{meta['lib_path']}.probes"]
     if (here / meta["lib_path"] / "probes").exists() else [meta["lib_path"]],
+    package_data={meta["lib_path"]: ["texts/*.txt"]},
     entry_points={"console_scripts": lines("console_scripts"),
                   "nbdev": [f"{meta['lib_path']} = {meta['lib_path']}._modidx:d"]},
 )

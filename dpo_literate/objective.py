@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'is_filler', 'columns_of', 'Verdict', 'two_group_loss', 'StepNumbers', 'Objective', 'start_value',
-           'mismatched', 'elsewhere', 'pair_metrics', 'reply_metrics', 'as_means']
+           'mismatched', 'elsewhere', 'pair_metrics', 'reply_metrics', 'as_means', 'Throughput', 'Meter']
 
 # %% ../nbs/09d_objective.ipynb #0bb00005
-import dataclasses
+import contextlib, dataclasses, time
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -274,3 +274,78 @@ def as_means(
     if counts and all(counts.values()):
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means
+
+# %% ../nbs/09d_objective.ipynb #1fc64186
+class Throughput:
+    "How much was read, and in what time."
+    def __init__(self):
+        self.seen, self.texts = 0, 0   # since the run began
+        self.clear()
+
+    def clear(self)->None:
+        "Begin a new line."
+        self.tokens, self.slots, self.since = 0, 0, None
+
+    def count(self,
+        tokens:int,  # read: a prompt that two replies share counts once
+        slots:int,   # positions computed, padding too
+        texts:int=0, # tokens of the texts: each reply behind its own copy of the prompt
+    )->None:
+        "Note what a step has read."
+        self.since = self.since or time.perf_counter()
+        self.tokens, self.slots = self.tokens + tokens, self.slots + slots
+        self.seen, self.texts = self.seen + tokens, self.texts + texts
+
+    def line(self)->dict: # name -> number
+        seconds = time.perf_counter() - self.since
+        return dict(num_tokens=self.texts, tokens_read=self.seen,
+                    padding_share=1 - self.tokens / self.slots,
+                    tokens_per_second=self.tokens / seconds)
+
+    def state_dict(self)->dict:
+        return {k: getattr(self, k) for k in ("tokens", "slots", "seen", "texts")}
+
+    def load_state_dict(self, state:dict)->None:
+        self.tokens, self.since = state["tokens"], time.perf_counter()
+        self.slots, self.seen, self.texts = state["slots"], state["seen"], state["texts"]
+
+# %% ../nbs/09d_objective.ipynb #47b4370d
+class Meter:
+    "Keeps sums over rows and tokens until a log line asks for their means."
+    def __init__(self,
+        team:Team=Team(), # whose rows are counted together
+    ): self.team, self.sums, self.reading = team, {}, Throughput()
+
+    def clear(self)->None:
+        "Begin a new line."
+        self.sums = {}
+        self.reading.clear()
+
+    def add(self, sums:dict)->None: # name -> sum over the rows of a piece
+        self.sums |= {k: v + self.sums.get(k, 0.) for k, v in sums.items()}
+
+    def count(self, tokens:int, slots:int, texts:int=0)->None:
+        "Note what a step has read, see `Throughput`."
+        self.reading.count(tokens, slots, texts)
+
+    @contextlib.contextmanager
+    def paused(self):
+        "Time that is not training's, an evaluation's say, is left out of the speed."
+        began = time.perf_counter()
+        yield
+        if self.reading.since: self.reading.since += time.perf_counter() - began
+
+    def line(self)->dict: # name -> number; empty where nothing was added
+        "Means over the rows of all processes since the last line."
+        if not self.sums: return {}
+        means = as_means(dict(zip(self.sums, self.team.sum(list(self.sums.values())))))
+        means |= self.reading.line()
+        self.clear()
+        return means
+
+    def state_dict(self)->dict: return dict(sums=self.sums) | self.reading.state_dict()
+    def load_state_dict(self, state:dict)->None:
+        self.sums = dict(state["sums"])
+        self.reading.load_state_dict(state)
+
+    def __repr__(self): return f"Meter({len(self.sums)} sums, {self.reading.seen} tokens seen)"

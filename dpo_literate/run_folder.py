@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'FIXED', 'CONTRACT', 'Team', 'RunLock', 'Stopped', 'StopSignal', 'append_line', 'tokenizer_hash',
-           'disagreements', 'as_said', 'check_contract', 'RunFolder', 'find_checkpoint']
+           'disagreements', 'as_said', 'check_contract', 'RunFolder', 'check_room', 'save_checkpoint',
+           'find_checkpoint', 'go_on']
 
 # %% ../nbs/09b_run_folder.ipynb #90b00004
 import contextlib, hashlib, json, logging, math, os, shutil, signal, socket, threading
@@ -198,8 +199,12 @@ class RunFolder:
         path:str|Path,   # `output_dir`
         team:Team=Team(),
     ):
-        self.path, self.team, self.lock = Path(path), team, RunLock(path)
-        self.identity, self.changes = {}, []
+        self.team, self.identity, self.changes = team, {}, []
+        self.move(path)
+
+    def move(self, path:str|Path)->None:
+        "Be another folder, before anything is written."
+        self.path, self.lock = Path(path), RunLock(path)
 
     @contextlib.contextmanager
     def live(self):
@@ -210,48 +215,22 @@ class RunFolder:
         finally:
             if self.team.rank == 0: self.lock.release()
 
-    def find(self,
-        resume,          # None or False: start anew; True: the newest whole one; a path: that one
-        saves:bool=True, # will this run write checkpoints?
-    )->Path|None:
-        "Where the run begins."
+    def find(self, resume, saves:bool=True)->Path|None:
+        "Where the run begins, see `find_checkpoint`."
         return self.team.on_main(lambda: find_checkpoint(self.path, resume, saves))
 
     def start(self, folder:Path|None, identity:dict, allow_change=())->None:
-        "Compare what the run is with what the checkpoint was; clear the way for its own."
-        self.identity, self.changes = json.loads(json.dumps(identity, default=str)), []
-        if folder is None: return
-        self.changes = check_contract(folder, self.identity, allow_change)
-        step = read_manifest(folder)["step"]
-        for path in self.team.on_main(lambda: set_aside(self.path, step)):
-            log.warning(f"set aside: {path}")
-        self.log({"resumed_from": step})
+        "Be the run of this identity, new or going on from a checkpoint."
+        self.identity = json.loads(json.dumps(identity, default=str))
+        self.changes = go_on(self, folder, allow_change) if folder else []
 
-    def room(self, size:int, peak:int=1)->int: # bytes of a checkpoint
-        "Refuse, with code 4, where `peak` checkpoints of this size cannot fit."
-        needed = size * max(1, peak - len(checkpoints(self.path)))
-        free = shutil.disk_usage(self.path).free
-        if needed <= free: return size
-        raise Refusal(f"{self.path}: checkpoints need {needed:,} bytes, {free:,} are free: "
-                      "make room, or set save_total_limit", 4)
-
-    def save(self,
-        step:int,            # of the run
-        fill,                # function of a folder: writes the files into it
-        size:int=0,          # bytes it will take
-        keep:int|None=None,  # checkpoints that stay; None: all
-        best:str|None=None,  # one that must stay besides the last
-    )->Path:
-        "Write a checkpoint, complete or absent; then let the oldest go."
-        folder = self.path / f"checkpoint-{step}"
-        if folder.exists(): return folder
-        write_folder_atomic(folder, fill, self.room(size), step=step, identity=self.identity,
-                            versions=versions(), changes=list(self.changes))
-        rotate(self.path, keep, best)
-        self.log({"saved": step})
-        return folder
+    def room(self, size:int, peak:int=1)->int: return check_room(self.path, size, peak)
+    def save(self, step:int, fill, size:int=0, keep:int|None=None, best:str|None=None)->Path:
+        "Write the checkpoint of a step, see `save_checkpoint`."
+        return save_checkpoint(self, step, fill, size, keep, best)
 
     def log(self, record:dict)->None:
+        "A line for `log.jsonl`."
         if self.team.rank == 0: append_line(self.path / "log.jsonl", record)
 
     def write_card(self, facts:dict, name:str="run_card.json")->None:
@@ -263,6 +242,37 @@ class RunFolder:
     def __repr__(self):
         steps = [step for step, _ in checkpoints(self.path)]
         return f"RunFolder({self.path.name}, checkpoints at {steps})"
+
+# %% ../nbs/09b_run_folder.ipynb #8cd272e0
+def check_room(
+    path:Path,   # the folder of a run
+    size:int,    # bytes of a checkpoint
+    peak:int=1,  # checkpoints that lie there at once, at most
+)->int:          # size
+    "Refuse, with code 4, where so many checkpoints of this size cannot fit."
+    needed = size * max(1, peak - len(checkpoints(path)))
+    free = shutil.disk_usage(path).free
+    if needed <= free: return size
+    raise Refusal(f"{path}: checkpoints need {needed:,} bytes, {free:,} are free: "
+                  "make room, or set save_total_limit", 4)
+
+# %% ../nbs/09b_run_folder.ipynb #cabf5f78
+def save_checkpoint(
+    run:RunFolder,
+    step:int,            # of the run
+    fill,                # function of a folder: writes the files into it
+    size:int=0,          # bytes it will take
+    keep:int|None=None,  # checkpoints that stay; None: all
+    best:str|None=None,  # one that must stay besides the last
+)->Path:
+    "Write a checkpoint, complete or absent; then let the oldest go."
+    folder = run.path / f"checkpoint-{step}"
+    if folder.exists(): return folder
+    write_folder_atomic(folder, fill, run.room(size), step=step, identity=run.identity,
+                        versions=versions(), changes=list(run.changes))
+    rotate(run.path, keep, best)
+    run.log({"saved": step})
+    return folder
 
 # %% ../nbs/09b_run_folder.ipynb #90b0001e
 def find_checkpoint(
@@ -288,3 +298,17 @@ def find_checkpoint(
     if "optimizer.json" not in read_manifest(folder)["files"]:
         raise Refusal(f"{folder} holds weights only (save_only_model): nothing to go on from")
     return folder
+
+# %% ../nbs/09b_run_folder.ipynb #f7853c88
+def go_on(
+    run:RunFolder,
+    folder:Path,      # the checkpoint to go on from
+    allow_change=(),  # keys of the identity that may differ
+)->list[dict]:        # what differs and was allowed
+    "Compare what the run is with what the checkpoint was; clear the way for its own."
+    changes = check_contract(folder, run.identity, allow_change)
+    step = read_manifest(folder)["step"]
+    for path in run.team.on_main(lambda: set_aside(run.path, step)):
+        log.warning(f"set aside: {path}")
+    run.log({"resumed_from": step})
+    return changes

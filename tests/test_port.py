@@ -4,8 +4,10 @@ and take what they are called with, in the installed version and in the recorded
     python tests/test_port.py     add the installed version to tests/port_contract.json
 """
 import ast
+import importlib
 import inspect
 import json
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -76,10 +78,9 @@ def test_the_record_spans_the_allowed_versions():
 
 def test_one_class_holds_the_private_overrides():
     "At most nine, all in the port; no class of ours deeper than three; no attribute written in two classes."
-    import importlib
     from dpo_literate.port import TransformersPort
     from dpo_literate.trainer import DPOTrainer
-    modules = [importlib.import_module(f"dpo_literate.{m}") for m in ("trainer", "reward_model", "hierarchy")]
+    modules = [importlib.import_module(f"dpo_literate.{m}") for m in ("trainer", "trl", "reward_model", "gw_dpo")]
     ours = [c for m in modules for c in vars(m).values() if inspect.isclass(c) and issubclass(c, TransformersPort)]
     def private(c): return {n for n in vars(c) if n.startswith("_") and not n.startswith("__") and hasattr(Trainer, n)}
     assert len(private(TransformersPort)) <= 9 and not any(private(c) for c in ours if c is not TransformersPort)
@@ -91,6 +92,23 @@ def test_one_class_holds_the_private_overrides():
     chain = [c for c in DPOTrainer.__mro__ if c.__module__.startswith("dpo_literate")]
     seen = [a for c in chain for a in written(c)]
     assert len(seen) == len(set(seen)), sorted(a for a in set(seen) if seen.count(a) > 1)
+
+
+def test_no_class_of_ours_is_deeper_than_three():
+    "Any class of the package, not only the trainers."
+    import dpo_literate
+    names = [m.name for m in pkgutil.walk_packages(dpo_literate.__path__, "dpo_literate.") if not m.name.rpartition(".")[2].startswith("_")]
+    classes = {c for n in names for c in vars(importlib.import_module(n)).values() if inspect.isclass(c) and c.__module__.startswith("dpo_literate")}
+    deep = {c for c in classes if sum(b.__module__.startswith("dpo_literate") for b in c.__mro__[1:]) > 3}
+    assert len(classes) > 100 and not deep
+
+
+def test_no_function_writes_what_a_trainer_keeps():
+    "An attribute of the trainer is written in its class, or it is one of the three that `Trainer`'s own loop keeps."
+    for name in ("trainer", "port", "monitor"):
+        tree = ast.parse(inspect.getsource(importlib.import_module(f"dpo_literate.{name}")))
+        found = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and getattr(n.value, "id", "") == "trainer"}
+        assert found <= set(ATTRIBUTES), (name, found)
 
 
 def test_help_is_short():
