@@ -432,6 +432,15 @@ def decoder(
     return PlainDecoder(model)
 
 # %% ../nbs/09e_sampling.ipynb #10c00042
+def closed_up(
+    going:Tensor, # which rows go on, bool, (B,)
+)->Tensor:        # their numbers; a row that ended is replaced by one from behind
+    "As many as possible stay where they are."
+    n = int(going.sum())
+    order = torch.arange(n, device=going.device)
+    order[~going[:n]] = n + going[n:].nonzero()[:, 0]
+    return order
+
 def finish_batch(
     d,                        # from `decoder`
     prompts:list, rows:Tensor,# different prompts; for each reply the number of its prompt, (B,)
@@ -454,16 +463,6 @@ def finish_batch(
             row, token, going = row[order], token[order], going[order]
         logits = d.step(token)
     return [[i for i in reply if i >= 0] for reply in drawn.tolist()]
-
-# %% ../nbs/09e_sampling.ipynb #10c00068
-def closed_up(
-    going:Tensor, # which rows go on, bool, (B,)
-)->Tensor:        # their numbers; a row that ended is replaced by one from behind
-    "As many as possible stay where they are."
-    n = int(going.sum())
-    order = torch.arange(n, device=going.device)
-    order[~going[:n]] = n + going[n:].nonzero()[:, 0]
-    return order
 
 # %% ../nbs/09e_sampling.ipynb #4831eb5c
 @torch.inference_mode()

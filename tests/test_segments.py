@@ -77,6 +77,21 @@ def test_the_model_is_asked_as_with_any_packing():
     assert not S.use_segments(model, False) and self_check(model, ROWS) is None
 
 
+def test_under_autocast_values_say_the_type():
+    "Queries and keys come turned in float32, values in bfloat16; both ways of attending agree."
+    model, found = tiny_model(scale=1.).float(), []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert S.use_segments(model) and self_check(model, ROWS) is None
+        for on in (True, False):
+            S.use_segments(model, on)
+            found.append(packed_reply_logps(model, pack_rows(ROWS)[0]).sums)
+    assert (found[0] - found[1]).abs().max() < .05 * found[1].abs().max()
+    q, k, v = qkv_of(7, (4, 2), torch.Generator().manual_seed(0))
+    mixed = q.float(), k.float(), v.bfloat16()
+    for attend in (S.segment_attention, pair_attention):
+        assert attend(None, *mixed, torch.tensor([[[[3, 2, 2]]]]))[0].dtype == torch.bfloat16
+
+
 def test_texts_without_lengths_are_read_as_before():
     model, ids = tiny_model(), torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
