@@ -1,6 +1,7 @@
 """The long test can fail, its record says what it counted, and every promise names a test that
 is there."""
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -8,10 +9,12 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from dpo_literate.frontier_cells import end_with_parent
 from dpo_literate.models import tiny_model, write_folder
 from dpo_literate.results import Refusal, new_folder
 from dpo_literate.rows import tiny_tokenizer
@@ -19,6 +22,7 @@ from tools import soak, soak_hostile, soak_kills
 from tools.soak_kills import Aim, Kind
 
 ROOT = Path(__file__).resolve().parents[1]
+FORK = multiprocessing.get_context("fork")
 RECORD = json.loads((ROOT / "nbs/results/soak.json").read_text(encoding="utf-8"))
 
 
@@ -85,24 +89,19 @@ def test_a_run_of_the_trainer_survives_kills_at_its_writes(tmp_path, monkeypatch
     assert kind.outcome(Path("a")) == kind.outcome(Path("b"))
 
 
-ORPHAN = """
-import os, sys, time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from dpo_literate.frontier_cells import end_with_parent
-if __name__ == "__main__":
-    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as fresh:
-        print(fresh.submit(os.getpid).result(), flush=True)
+def asks_for_a_cell(pipe):
+    with ProcessPoolExecutor(1, FORK, end_with_parent) as fresh:
+        pipe.send(fresh.submit(os.getpid).result())
         fresh.submit(time.sleep, 60).result()
-"""
 
 
-def test_the_process_of_a_cell_ends_with_a_killed_run(tmp_path):
-    (tmp_path / "orphan.py").write_text(ORPHAN)
-    run = subprocess.Popen([sys.executable, tmp_path / "orphan.py"], stdout=subprocess.PIPE,
-                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    cell = int(run.stdout.readline())
-    run.kill(); run.wait()
+def test_the_process_of_a_cell_ends_with_a_killed_run():
+    here, there = FORK.Pipe()
+    run = FORK.Process(target=asks_for_a_cell, args=(there,))
+    run.start()
+    cell = here.recv()
+    assert Path(f"/proc/{cell}").exists()
+    run.kill(); run.join()
     end = time.monotonic() + 20
     while Path(f"/proc/{cell}").exists() and time.monotonic() < end: time.sleep(.05)
     alive = Path(f"/proc/{cell}").exists()

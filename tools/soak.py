@@ -126,6 +126,7 @@ def kills(soak):
         if time.monotonic() < soak.end: kill_on(soak, soak.part)
     found, have = kills_so_far(soak, soak.part)
     trials = [t for ts in found.values() for t in ts]
+    if not trials: raise OutOfTime
     bad = {k: sum((t[k] for t in trials), []) for k in ("failed", "unequal", "lost")}
     n = sum(have.values())
     ours = (f"{n:,} kills ({sum(t['aimed'] for t in trials):,} at a write) in {len(trials)} runs; "
@@ -292,17 +293,18 @@ def every_command():
     from tools import soak_hostile as H, soak_kills as S
     found = {}
     with desk() as at:
-        os.environ.update(TMPDIR=str(at), HOME=str(at))
+        before, tempfile.tempdir = tempfile.tempdir, str(at)
         runs = {k: (lambda k=k: S.KINDS[k].run(at / "straight" / k, 0)) for k in S.KINDS
                 if S.KINDS[k].processes == 1}
         from dpo_literate.cli import main
         runs |= {k: (lambda w=w: main([str(x) for x in w])) for k, w in H.commands(at).items()}
-        for name, act in runs.items(): found[name] = H.watched(act, at, None, 120)
+        for name, act in runs.items(): found[name] = H.watched(act, at, None, 300)
+        tempfile.tempdir = before
     return found
 
 
-@row("watch", "commands under an audit hook: sockets opened, files written outside the working "
-     "folder, programs started (but git, which names the commit)", "0, 0, 0")
+@row("watch", "commands under an audit hook: sockets opened, files written outside the working and "
+     "temporary folder, programs started (but git, which names the commit)", "0, 0, 0")
 def watch(soak):
     found = soak.piece("watch", "all", every_command)
     seen = {k: sum((f[k] for f in found.values()), []) for k in ("sockets", "outside", "ran")}
@@ -425,7 +427,7 @@ def record(rows, seconds, minutes):
     old = json.loads(path.read_text(encoding="utf-8"))["values"]["rows"] if path.exists() else []
     known = {r["name"]: r for r in (*old, *filter(None, rows))}
     none = dict(ours="not measured", met=False, commit=None, package=None, more={})
-    whole = [known.get(n) or dict(name=n, figure=f, target=t, command=c, **none)
+    whole = [dict(name=n, target=t, **none) | known.get(n, {}) | dict(figure=f, command=c)
              for n, (f, t, _, c) in ROWS.items()]
     save_result("soak", dict(rows=whole), command="make soak", seed=None, seconds=seconds,
                 config=dict(minutes=minutes),

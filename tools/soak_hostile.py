@@ -203,6 +203,8 @@ def commands(desk):
     rows = [dict(instruction="Say the town.", input="Oslo is a town.", output="Oslo"),
             dict(instruction="Say the dish.", input="Soup is a dish.", output="Soup")] * 3
     (desk / "tasks.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    votes = [dict(thread=k // 2, reply=f"reply {k}", score=k) for k in range(8)]
+    (desk / "votes.jsonl").write_text("".join(json.dumps(v) + "\n" for v in votes))
     model = ["--model", "model"]
     return {
         "check-data": ["check-data", "pairs.jsonl", *model], "losses": ["losses"],
@@ -213,5 +215,4 @@ def commands(desk):
                    "seen/attack"],
         "hierarchy-eval": ["hierarchy-eval", *model, "--per-pair", 1, "--aligned", 1, "--benign", 1,
                            "--cascades", 1, "--max-new-tokens", 2, "--out", "seen/hierarchy"],
-        "pairs": ["pairs", *model, "--from-reward", "rewards:vowels", "--prompts", "prompts.txt",
-                  "--max-new-tokens", 6, "--out", "seen/pairs.jsonl"]}
+        "pairs": ["pairs", "--from-votes", "votes.jsonl", "--out", "seen/pairs.jsonl"]}
