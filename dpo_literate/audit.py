@@ -6,8 +6,9 @@
 __all__ = ['REFUSED', 'DOUBTED', 'WARNED', 'CLASSES', 'Audit', 'check_preferences', 'take_preferences', 'Leakage', 'leakage']
 
 # %% ../nbs/05c_audit.ipynb #82c9f3a6
-import bisect, json, re, unicodedata
+import bisect, hashlib, json, re, unicodedata
 from dataclasses import dataclass, field
+from pathlib import Path
 from .preferences import Preferences, as_chat, inert, text_of, texts_of
 from .reading import read_preferences
 from .results import Refusal
@@ -19,6 +20,7 @@ REFUSED = {"identical": "both replies are the same: the gradient is zero",
            "empty prompt": "no prompt: the first token may go unscored",
            "one class": "all labels are the same: there is nothing to tell apart"}
 DOUBTED = {"tie": "a pair that nobody preferred",
+           "blanks alone": "two replies that differ in white space alone",
            "against its scores": "the chosen reply has the lower score: columns swapped?",
            "word for nothing": "a reply that is the word None, null or NaN"}
 WARNED = {"duplicate": "the same pair again",
@@ -37,9 +39,17 @@ def _calls_tool(row):
     return any(m.get("tool_calls") for reply in replies for m in reply)
 
 # %% ../nbs/05c_audit.ipynb #39e268c3
+_WORD = re.compile(r"\s*(\S*)")
+
+def _same_words(a, b):
+    "Do two texts differ, and in white space alone? Few begin alike, so few are copied."
+    if a == b or not _WORD.match(a)[1] or _WORD.match(a)[1] != _WORD.match(b)[1]: return False
+    return re.sub(r"\s+", " ", a).strip() == re.sub(r"\s+", " ", b).strip()
+
 def _faults(row, special):
     "Classes that one row falls into by itself."
     x, *said = (text_of(row[k]) for k in texts_of(row))
+    if row.get("images"): x = x.replace("<image>", " ")    # the place of one
     spoken = not _calls_tool(row)
     spells = lambda t: CONTROL.search(t) or any(s in t for s in special)
     better, worse = row.get("_scores", (1, 0))
@@ -47,6 +57,7 @@ def _faults(row, special):
             "empty reply": spoken and not all(said),
             "blank reply": spoken and all(said) and not all(y.strip() for y in said),
             "empty prompt": not x.strip(),
+            "blanks alone": spoken and len(said) == 2 and _same_words(*said),
             "tie": "_tie" in row or better == worse,
             "against its scores": better < worse,
             "word for nothing": any(y.strip().lower() in NOTHING for y in said
@@ -61,6 +72,7 @@ def _content(row):
     "What a row says, and what the row that contradicts it would say."
     x, *said = (v if isinstance(v, str) else _WRITE(v)
                 for v in map(row.get, texts_of(row)))
+    x += _WRITE(row["images"]) if row.get("images") else ""
     if "chosen" in row: return (x, *said), (x, *said[::-1])
     return (x, *said, row["label"]), (x, *said, not row["label"])
 
@@ -221,13 +233,24 @@ def take_preferences(
 
 # %% ../nbs/05c_audit.ipynb #689dd044
 def _exact(row):
-    "The prompt as turns, in one form."
-    return json.dumps([[m["role"], m.get("content", "")] for m in as_chat(row)["prompt"]])
+    "The prompt as turns, in one form, and its pictures."
+    turns = [[m["role"], m.get("content", "")] for m in as_chat(row)["prompt"]]
+    return _WRITE([turns, _seen(row)] if row.get("images") else turns)
+
+def _seen(row):
+    "The pictures of a row by their content, where it is at hand; else as they are named."
+    folder, out = Path(row["_where"].rpartition(":")[0]).parent, []
+    for image in row.get("images", ()):
+        if isinstance(image, dict): image = image.get("bytes") or image.get("path")
+        file = folder / image if isinstance(image, str) else None
+        raw = file.read_bytes() if file and file.is_file() else image
+        out.append(hashlib.sha256(raw).hexdigest() if isinstance(raw, bytes) else str(raw))
+    return out
 
 def _folded(row):
     "The prompt's text without case, with single blanks, in one Unicode form."
     text = unicodedata.normalize("NFKC", text_of(as_chat(row)["prompt"]))
-    return " ".join(text.casefold().split())
+    return " ".join([*text.casefold().split(), *_seen(row)])
 
 # %% ../nbs/05c_audit.ipynb #c04d2473
 @dataclass

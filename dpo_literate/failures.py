@@ -12,13 +12,14 @@ import json, re, unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from .align import load_reward, prompt_of, read_prompts, score
+from .align import load_reward, score
 from .audit import check_preferences
 from .community import confounds_of, partial_out, read_votes, thread_ranks, vote_pairs
+from .layouts import columns_of
 from .models import load_model, load_tokenizer
 from .preferences import parse_json
 from .rankings import rank_pairs, read_ranks
-from .reading import read_lines
+from .reading import read_asked, read_lines
 from .results import Refusal, write_atomic
 from .sampling import decoder, greedy, prompt_tokens, sample, sampling_dtype
 
@@ -216,22 +217,18 @@ def own_replies(
     return [[y, *(r["text"] for r in others)] for y, others in zip(first, more)]
 
 # %% ../nbs/27_own_failures.ipynb #5cc688ac
-def read_asked(path:str)->tuple[list,list]: # prompts, and truths or None
-    "Prompts of a file; a line of .jsonl may have the right reply beside it, as `truth`."
-    if Path(path).suffix != ".jsonl":
-        prompts = read_prompts(path)
-        return prompts, [None] * len(prompts)
-    prompts, truths = [], []
-    for n, line in read_lines(Path(path)):
-        if not line.strip(): continue
-        where = f"{path}:{n}"
-        prompts.append(prompt_of(line, where))
-        truth = parse_json(line, where).get("truth")
-        if truth is not None and not (isinstance(truth, str) and truth.strip()): raise Refusal(
-            f"{where}: truth must be text, found {str(truth)[:40]!r}")
-        truths.append(truth)
-    if not prompts: raise Refusal(f"{path}: no prompts in this file")
-    return prompts, truths
+def asked_of(args)->tuple[list,list]: # prompts, and truths or None
+    "Prompts of --prompts; a row may have the right reply beside its own, as `truth`."
+    if not args.prompts: raise Refusal("--prompts is needed: a file of prompts, .txt or .jsonl")
+    names = dict(args.columns or {})
+    beside = names.pop("truth", "truth")
+    asked = read_asked(args.prompts, args.split, columns_of(names))
+    return [a["prompt"] for a in asked], [truth_of(a, beside) for a in asked]
+
+def truth_of(asked:dict, name:str)->str|None:
+    truth = asked["row"].get(name) if isinstance(asked["row"], dict) else None
+    if truth is None or isinstance(truth, str) and truth.strip(): return truth
+    raise Refusal(f"{asked['_where']}: {name} must be text, found {str(truth)[:40]!r}")
 
 # %% ../nbs/27_own_failures.ipynb #d5826bcd
 def read_object(path:str|None, option:str, kind:type):
@@ -277,7 +274,7 @@ def from_ranks(args):
 def from_reward(args):
     "The best against the worst of a model's own replies, by a reward."
     reward, _ = load_reward(args.from_reward)
-    prompts, _ = read_asked(needs_prompts(args))
+    prompts, _ = asked_of(args)
     said = own_replies(*loaded(args.model), prompts, args.per_prompt, args.max_new_tokens,
                        args.temperature, args.seed)
     rows, tied = [], 0
@@ -292,17 +289,13 @@ def from_reward(args):
 def from_failures(args):
     "A model's own failures against the truth or a clean reply."
     fault = fault_named(args)
-    prompts, truths = read_asked(needs_prompts(args))
+    prompts, truths = asked_of(args)
     said = own_replies(*loaded(args.model), prompts, args.per_prompt, args.max_new_tokens,
                        args.temperature, args.seed)
     found = failure_pairs(prompts, said, fault, truths)
     return found.rows, str(found)
 
 # %% ../nbs/27_own_failures.ipynb #de5d22c0
-def needs_prompts(args)->str:
-    if args.prompts: return args.prompts
-    raise Refusal("--prompts is needed: a file of prompts, .txt or .jsonl")
-
 def loaded(model:str)->tuple: # model and tokenizer
     return load_model(model).eval(), load_tokenizer(model)
 

@@ -252,7 +252,10 @@ def make_policy(
                       "further, or merge it into a saved base first")
     from peft import get_peft_model
     set_seed(args.seed)                    # the same adapter when the run goes on
-    return get_peft_model(model, peft_config)
+    try: return get_peft_model(model, peft_config)
+    except (ValueError, LookupError, TypeError, AttributeError, NotImplementedError) as why:
+        raise Refusal("peft cannot put this adapter on the model: "
+                      f"{' '.join(str(why).split())[:200]}") from why
 
 # %% ../nbs/10b_inputs.ipynb #65ca2dfd
 def check_policy(model, ref_model)->None:

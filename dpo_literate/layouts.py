@@ -73,11 +73,12 @@ def rename(
 
 # %% ../nbs/05a_layouts.ipynb #ea7f3b16
 def columns_of(
-    words,    # "ours=theirs", or several; a mapping is passed through
+    words,    # "ours=theirs", or several, or a mapping whose values are such words
 )->dict|None: # for `columns`
     "A column mapping from words: `a=b`, `a=b+c` to join, `a=` to leave out."
     if not words: return None
-    if isinstance(words, dict): return words
+    said = lambda v: "+".join(v) if isinstance(v, list) else "" if v is None else v
+    if isinstance(words, dict): words = [f"{k}={said(v)}" for k, v in words.items()]
     words = re.split(r"[\s,]+", words.strip()) if isinstance(words, str) else words
     for word in words:
         if "=" not in word: raise Refusal(
@@ -163,7 +164,8 @@ def _called(text, where):
 def _translated(m, where):
     "A message of a ShareGPT file as role and content; others as they are."
     if not isinstance(m, dict): return m
-    if "role" in m: return {**m, "role": SPEAKERS.get(str(m["role"]), m["role"])}
+    if "role" in m:
+        return {**m, "role": SPEAKERS.get(str(m["role"]).lower(), m["role"])}
     if not {"from", "value"} <= set(m): return m
     who, value = str(m["from"]).lower(), m["value"]
     if who not in SPEAKERS: raise Refusal(f"{where}: unknown speaker {who[:40]!r}; "
@@ -317,7 +319,7 @@ def _ranked(row, where):
         if isinstance(item, dict) else []
     end = f".{texts[0]}" if texts else ""
     raise Refusal(f"{where}: {name} holds {len(row[name])} replies, and a pair is two of "
-                  f"them: say which, such as columns chosen={name}.0{end} "
+                  f"them: say which, such as --columns chosen={name}.0{end} "
                   f"rejected={name}.-1{end} where the best stands first")
 
 # %% ../nbs/05a_layouts.ipynb #70e9ab15
@@ -332,7 +334,7 @@ def _sides(row, where):
     two = max(twos, key=length, default=None)          # not the names of two models
     if two: raise Refusal(
         f"{where}: {two[0]} and {two[1]} are two replies, and which was preferred stands "
-        "elsewhere: write columns chosen and rejected from the verdict, or say columns "
+        "elsewhere: write columns chosen and rejected from the verdict, or say --columns "
         f"chosen={two[0]} rejected={two[1]} where the better one always stands there")
 
 # %% ../nbs/05a_layouts.ipynb #9fe86b02

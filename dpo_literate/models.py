@@ -145,11 +145,12 @@ def convert_bundled(
 
 # %% ../nbs/09_models.ipynb #e38af0f9
 def write_folder(
-    folder:Path,                        # where the model goes
+    folder:str|Path,                    # where the model goes
     model:PreTrainedModel,              # its weights
     tokenizer:PreTrainedTokenizerBase,  # its tokenizer
 )->Path:                                # the folder
     "Save a model: its folder is complete or absent, and one that is there already stays."
+    folder = Path(folder)
     try:
         with folder_beside(folder) as beside:
             model.save_pretrained(beside); tokenizer.save_pretrained(beside)

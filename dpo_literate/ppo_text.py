@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from .checkpoints import (load_optimizer, load_state, load_weights, packed_bytes,
                                       predicted_bytes, save_state, save_weights)
-from .align import load_reward, read_prompts, score
+from .align import load_reward, score
+from .layouts import columns_of
 from .logps import head_answers, linear_logps, unwrapped
 from .manifest import RUN_MARKS
 from .models import (load_model, load_tokenizer, model_identity, no_dropout,
@@ -24,6 +25,7 @@ from .models import (load_model, load_tokenizer, model_identity, no_dropout,
 from .plots import COLORS, finish, new_fig
 from .ppo import (KLControl, KLEstimates, gae, kl_estimates, masked_mean, policy_loss,
                               step_stats, token_rewards, value_loss, whiten)
+from .reading import read_prompts
 from .results import Refusal, new_folder, provenance, to_json, write_atomic
 from .reward_model import load_reward_model, score_texts
 from .rows import encode_prompt
@@ -445,7 +447,8 @@ def ppo_from(
     given = {k: v for k, v in vars(args).items() if k in fields and v is not None}
     config = PPOConfig(**usual | given)
     tokenizer, policy = load_tokenizer(args.model), load_model(args.model)
-    prompts = [user_turn(p, tokenizer) for p in read_prompts(args.prompts)]
+    asked = read_prompts(args.prompts, args.split, columns_of(args.columns))
+    prompts = [user_turn(p, tokenizer) for p in asked]
     torch.manual_seed(config.seed)                   # the adapter's start
     if args.rank:
         lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear")

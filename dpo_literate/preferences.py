@@ -34,8 +34,10 @@ def _fault(
     here, before = text[e.pos:].lstrip()[:2], text[:e.pos].rstrip()[-1:]
     if before == "," and here[:1] in ("]", "}"): return "a comma before a closing bracket"
     if here[:1] == "#" or here == "//": return "a comment, and JSON has none"
-    at_end = e.pos >= len(text.rstrip()) - 1 or e.msg.startswith("Unterminated")
-    words = "more than one value on the line" if e.msg == "Extra data" else e.msg
+    extra = e.msg == "Extra data"
+    if extra and text[e.pos:].strip() == ",": return "a comma behind the row; lines need none"
+    at_end = not extra and (e.pos >= len(text.rstrip()) - 1 or e.msg.startswith("Untermin"))
+    words = "more than one value on the line" if extra else e.msg
     cut = "; file looks truncated" if at_end else ""
     return f"not a JSON row ({words}, character {e.colno}){cut}"
 
@@ -79,6 +81,17 @@ def _text_parts(content):
     return "".join(p["text"] for p in content) if plain else content
 
 # %% ../nbs/05_preferences.ipynb #3d915295
+def _check_parts(m, place):
+    "Refuse calls and parts of a form that no template has a place for."
+    calls, parts = m.get("tool_calls") or [], m.get("content")
+    if not isinstance(calls, list) or not all(isinstance(c, dict) for c in calls):
+        raise Refusal(f"{place}: tool_calls must be a list of objects")
+    texts = [p for p in parts if isinstance(p, dict) and p.get("type") == "text"] \
+        if isinstance(parts, list) else []
+    if any(not isinstance(p.get("text"), str) for p in texts):
+        raise Refusal(f"{place}: a part of type text holds its words under `text`")
+
+# %% ../nbs/05_preferences.ipynb #b93a3c3a
 def _message(m, place):
     "One message, checked and copied."
     if not isinstance(m, dict):
@@ -92,6 +105,7 @@ def _message(m, place):
         raise Refusal(f"{place}: unknown role {str(m['role'])[:40]!r}; "
                       f"use one of {', '.join(ROLES)}")
     if "content" in m: m["content"] = _text_parts(m["content"])
+    _check_parts(m, place)
     content = m.get("content", "" if "tool_calls" in m else None)
     parts = isinstance(content, list) and all(isinstance(p, dict) for p in content)
     if not isinstance(content, str) and not (parts and content):
@@ -203,10 +217,18 @@ def _guess(name, found):
 # %% ../nbs/05_preferences.ipynb #da10e5cf
 def _wrong_columns(where, found, need):
     guess = {name: _guess(name, found) for name in need if name not in found}
-    hint = ", ".join(f"{name}={theirs}" for name, theirs in guess.items() if theirs)
+    if "rejected" in found and "chosen" in guess:      # the better one is the file's answer
+        guess["chosen"] = guess["chosen"] or _guess("completion", found)
+    if {"instruction", "input"} <= {*found} and "prompt" in guess:
+        guess["prompt"] = "instruction+input"
+    hint = " ".join(f"{name}={theirs}" for name, theirs in guess.items() if theirs)
     names = ", ".join(str(k)[:40] for k in found[:20]) or "nothing"
+    lone = next((k for k in GUESSES["completion"] if k in found), None)
+    if lone and not {"chosen", "rejected"} & {*found} and not _guess("rejected", found):
+        raise Refusal(f"{where}: found {names}: {lone} alone is data to imitate; a pair needs two "
+                      "replies (chosen, rejected), a labelled reply a label")
     raise Refusal(f"{where}: expected {', '.join(need)}; found {names}"
-                  + (f"; did you mean columns {hint}?" if hint else ""))
+                  + (f"; did you mean --columns {hint}?" if hint else ""))
 
 # %% ../nbs/05_preferences.ipynb #6280f2b9
 def _number(value, name, where):
@@ -222,6 +244,7 @@ def _number(value, name, where):
 def is_filled(value): # not null, and not empty
     return value is not None and not (hasattr(value, "__len__") and len(value) == 0)
 
+_CALLED = {list: "a list", dict: "an object with named values", str: "text"}
 _TYPES = dict(tools=list, images=list, chat_template_kwargs=dict, system=str,
               prefix=str)
 
@@ -235,8 +258,7 @@ def _option(name, value, where):
         value = parse_json(value, f"{where}: {name}")
     if name == "images" and not isinstance(value, list): value = [value]
     if not isinstance(value, want):
-        raise Refusal(f"{where}: {name} must be {want.__name__}, found "
-                      f"{type(value).__name__} {str(value)[:40]!r}")
+        raise Refusal(f"{where}: {name} must be {_CALLED[want]}, found {str(value)[:40]!r}")
     if name == "tools" and not all(isinstance(tool, dict) for tool in value):
         raise Refusal(f"{where}: tools must be a list of objects")
     return without_nulls(value)
@@ -268,9 +290,10 @@ def _field(row, name, where):
     inner = value.items() if isinstance(value, dict) else \
         enumerate(value) if isinstance(value, list) else ()
     text = next((k for k, v in inner if isinstance(v, str)), None)
-    hint = "" if text is None else f"; did you mean columns {name}={name}.{text}?"
-    raise Refusal(f"{where}: {name} is {type(value).__name__}, "
-                  f"not text or messages{hint}")
+    hint = "" if text is None else f"; did you mean --columns {name}={name}.{text}?"
+    kind = {list: "a list of texts", dict: "an object", bool: "true or false"}.get(
+        type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+    raise Refusal(f"{where}: {name} is {kind}, not text or messages{hint}")
 
 # %% ../nbs/05_preferences.ipynb #2ce9d471
 def _fields(row, where):
@@ -301,15 +324,24 @@ def _agrees(prompt, shared):
     return ours == theirs[-len(ours):] or theirs == ours[-len(theirs):]
 
 # %% ../nbs/05_preferences.ipynb #83f02d5c
+def _none_shared(c, r, where):
+    "Why two replies that look like whole conversations have no turn in common."
+    bare = [name for name, m in (("chosen", c), ("rejected", r)) if m[0]["role"] == "assistant"]
+    if bare: return (f"{where}: {bare[0]} is a reply alone and the other a whole conversation: "
+                     "leave the prompt's turns out of that one")
+    return (f"{where}: chosen and rejected begin with different turns "
+            f"({str(c[0])[:60]} / {str(r[0])[:60]}): a pair answers one prompt")
+
 def _own_prompt(prompt, c, r, where, did):
     "Prompt and replies of two whole conversations beside a prompt column."
     asked = [max((k + 1 for k, m in enumerate(m_) if m["role"] == "user"), default=0)
              for m_ in (c, r)]
     k = min(_common(c, r), *asked)
     if k < min(asked): k = min(_common(_bare(c), _bare(r)), *asked)
-    if k == 0 or not _agrees(prompt, c[:k]): raise Refusal(
+    if k == 0: raise Refusal(_none_shared(c, r, where))
+    if not _agrees(prompt, c[:k]): raise Refusal(
         f"{where}: the prompt column is not what both conversations begin with "
-        f"(they share {k} messages): take the column out (columns prompt=), "
+        f"(they share {k} messages): take the column out (--columns prompt=), "
         "then the turns they share are the prompt")
     did["prompt repeated"] += 1
     longer = isinstance(prompt, list) and len(prompt) > k
@@ -324,9 +356,10 @@ def _as_turns(pair, where, did):
         prompt, c, r = _own_prompt(pair["prompt"], c, r, where, did)
     if not (_is_reply(c) and _is_reply(r)):
         k = _common(c, r)
-        raise Refusal(f"{where}: a reply is one assistant turn; found {len(c)} and "
-                      f"{len(r)} messages, which part at message {k + 1}: "
-                      f"{str(c[k:k+1])[:60]} / {str(r[k:k+1])[:60]}")
+        raise Refusal(f"{where}: a reply is one assistant turn, and all before it is prompt; "
+                      f"found {len(c)} and {len(r)} messages, which part at message {k + 1}: "
+                      f"{str(c[k:k+1])[:60]} / {str(r[k:k+1])[:60]}; end both with the turn in "
+                      "which they part")
     return {"prompt": prompt, "chosen": c, "rejected": r}
 
 # %% ../nbs/05_preferences.ipynb #b7131315
@@ -348,7 +381,7 @@ def _one_system(pair, where):
     if _trimmed(first.get("content")) == _trimmed(pair["system"]):
         return {k: v for k, v in pair.items() if k != "system"}
     raise Refusal(f"{where}: the column system and the first turn are two different system "
-                  "texts; keep one (columns system= leaves the column out)")
+                  "texts; keep one (--columns system= leaves the column out)")
 
 # %% ../nbs/05_preferences.ipynb #d028cfbb
 def canonical(
@@ -500,6 +533,7 @@ def as_chat(
     if isinstance(row["prompt"], list): return row
     turns = _spoken(row["prompt"])
     parted = all(row[k][:1].isspace() for k in texts_of(row)[1:])  # from the prompt, as text
-    text = str.strip if turns else str.lstrip if parted else str
+    if row.get("prefix"): text = str                      # the reply goes on behind it
+    else: text = str.strip if turns else str.lstrip if parted else str
     replies = {k: _turn(text(row[k]), "assistant") for k in texts_of(row)[1:]}
     return {**row, "prompt": turns or _turn(row["prompt"], "user"), **replies}

@@ -113,9 +113,10 @@ def sweep_parts(
 #| exports
 @contextlib.contextmanager
 def folder_beside(
-    folder:Path, # where it is to be; free, or an empty folder
+    folder:str|Path, # where it is to be; free, or an empty folder
 ):               # yields the folder to fill
     "Fill a folder that will be there complete, or not at all."
+    folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     sweep_parts(folder.parent, folder.name)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}{PART}"))

@@ -258,10 +258,12 @@ def calibration(
     rejected:Tensor, # (N,)
     groups:int=5,    # of equal size
 )->Calibration:
-    "Confidence against accuracy."
+    "Confidence against accuracy; equal margins share theirs, in whatever order they come."
     margin = (chosen - rejected).double()
     order = margin.abs().argsort(stable=True).chunk(groups)
     said, right = margin.abs().sigmoid(), preference_accuracy(chosen, rejected).double()
+    values, same, n = margin.abs().unique(return_inverse=True, return_counts=True)
+    right = (torch.zeros_like(values).index_add(0, same, right) / n)[same]
     means = ([x[g].mean().item() for g in order] for x in (said, right))
     return Calibration(*means, [len(g) for g in order])
 

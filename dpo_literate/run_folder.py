@@ -174,10 +174,10 @@ def as_said(key:str, was, now)->list[str]:
 def check_contract(
     folder:Path,       # the checkpoint to go on from
     identity:dict,     # of the run that wants to
-    allow_change=(),   # keys that may differ
+    allow_change=None, # keys that may differ; None: whoever asks cannot name any
 )->list[dict]:         # what differs and was allowed, with the step since when
     "Refuse to go on as something else; return what was allowed to change."
-    manifest, allowed = read_manifest(folder), set(allow_change)
+    manifest, allowed = read_manifest(folder), set(allow_change or ())
     if wrong := sorted(allowed - (identity.keys() - set(FIXED))):
         keys = "the saved optimizer keeps its own"
         if wrong[0] not in FIXED: keys = f"the keys are {', '.join(identity)}"
@@ -185,7 +185,12 @@ def check_contract(
     differs = disagreements(manifest["identity"], identity)
     newer = disagreements(manifest["versions"], versions())
     fatal = [t for k, two in differs.items() if k not in allowed for t in as_said(k, *two)]
-    if fatal: raise Refusal(f"{folder} cannot be continued: " + "; ".join(fatal), 6)
+    if fatal:
+        may = [k for k in differs if k not in allowed]
+        fixed = allow_change is None or set(may) & set(FIXED)
+        how = "" if fixed else f"allow it (--allow-change {' '.join(may)}), or "
+        raise Refusal(f"{folder} cannot be continued: {'; '.join(fatal)}; {how}start a new run "
+                      "from the model", 6)
     for k, (a, b) in newer.items():
         log.warning(f"{folder} was saved with {k} {a}, this is {b}: the last bits may differ")
     since = manifest["step"]
@@ -219,7 +224,7 @@ class RunFolder:
         "Where the run begins, see `find_checkpoint`."
         return self.team.on_main(lambda: find_checkpoint(self.path, resume, saves))
 
-    def start(self, folder:Path|None, identity:dict, allow_change=())->None:
+    def start(self, folder:Path|None, identity:dict, allow_change=None)->None:
         "Be the run of this identity, new or going on from a checkpoint."
         self.identity = json.loads(json.dumps(identity, default=str))
         self.changes = go_on(self, folder, allow_change) if folder else []

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .logps import Head, head_answers, head_logits, in_full, unwrapped
+from .preferences import as_chat
 from .results import Refusal
 from .rows import control_ids, encode_prompt
 
@@ -507,9 +508,9 @@ def user_turn(
     prompt,     # text or messages
     tokenizer,
 ):              # messages where the model has a chat template, else the text
-    "Text is what a user says, where there is a chat template."
+    "Text is what a user says, or a transcript's turns, where there is a chat template."
     chat = isinstance(prompt, str) and tokenizer.chat_template
-    return [dict(role="user", content=prompt)] if chat else prompt
+    return as_chat(dict(prompt=prompt, completion=""))["prompt"] if chat else prompt
 
 def prompt_tokens(
     prompt,     # text or messages

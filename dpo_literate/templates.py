@@ -349,15 +349,25 @@ def _write_all(way, jobs):
     try: texts = _limited(lambda: [way.write(*job) for job in jobs])
     except Refusal: raise
     except Exception as e: raise Refusal(
-        "the chat template refused the messages: "
-        f"{type(e).__name__}: {str(e)[:200]}{_remedy(e, jobs)}") from None
+        f"the chat template refused the messages: {_words(e)}{_remedy(e, jobs)}") from None
     if all(isinstance(t, str) for t in texts): return texts
     raise Refusal("the chat template gave no text")
 
+_FAULTS = dict(UndefinedError="it reads what they do not have", TemplateError="it says",
+               TypeError="it cannot write what they hold", TemplateSyntaxError="it is no template",
+               SecurityError="it does what a template may not")
+
+def _words(e):
+    "What a template's exception means, and its own words."
+    said = " ".join(str(e).split())[:200]
+    return f"{_FAULTS.get(type(e).__name__, 'it failed')} ({said})"
+
 def _remedy(e, jobs):
     "What can be done about a turn that the template has no place for."
-    roles = {m.get("role") for messages, _ in jobs for m in messages}
-    if "role" not in str(e).lower(): return ""
+    everyone = [m for messages, _ in jobs for m in messages]
+    roles, calls = {m.get("role") for m in everyone}, any(m.get("tool_calls") for m in everyone)
+    if "role" not in str(e).lower():
+        return "; it has no place for calls of tools: write them as text" if calls else ""
     if roles & {"system", "developer"}:
         return "; put the system text at the head of the first user turn"
     return "; write calls and answers of tools as text" if "tool" in roles else ""

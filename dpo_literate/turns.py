@@ -146,7 +146,7 @@ def _chat_turns(way, prompt, replies, prefix, score_tail):
         _part(wholes[0], 0, cut), *(_part(w, cut, e) for w, (e, _) in zip(wholes, ends))])
     asked = _asked_ids(tokenizer, asked)
     n = _shared([asked, *tails])
-    left_out = any(_leaves_out(way, w.text[border:], j)
+    left_out = any(_leaves_out(way, w.text[border - len(prefix):], j)
                    for w, j in zip(wholes, jobs[1:]))
     return Turns(before + asked[:n], [t[n:] for t in tails], head[border:],
                  joined=0 if head[border:] else len(asked) - n,

@@ -17,7 +17,7 @@ from dpo_literate.audit import check_preferences, leakage, take_preferences
 from dpo_literate.layouts import columns_of, lay_out, leftover
 from dpo_literate.preferences import as_chat, canonical, extract_prompt, inert
 from dpo_literate.reading import (MAX_LINE, choose_split, load_any, load_preferences,
-                                  load_unpaired, read_preferences)
+                                  load_unpaired, read_asked, read_preferences, read_prompts)
 from dpo_literate.results import Refusal, data_dir
 
 P = {"prompt": "q", "chosen": "good", "rejected": "bad"}
@@ -78,7 +78,7 @@ REFUSE = {
     "02 garbage first": ("hello\n" + GOOD, "f.jsonl:1", "not a JSON row"),
     "03 key missing": (GOOD + '\n{"prompt":"q","chosen":"a"}', "f.jsonl:2", "rejected"),
     "04 null": (GOOD + "\n" + J(chosen=None), "f.jsonl:2", "chosen is null"),
-    "05 integer": (GOOD + "\n" + J(rejected=3), "f.jsonl:2", "rejected is int"),
+    "05 integer": (GOOD + "\n" + J(rejected=3), "f.jsonl:2", "rejected is a number"),
     "06 mixed shapes": (GOOD + "\n" + json.dumps(CHAT), "f.jsonl:2", "one shape"),
     "08 duplicate key": ('{"prompt":"q","prompt":"q","chosen":"a","rejected":"b"}',
                          "f.jsonl:1", "stands twice"),
@@ -182,12 +182,29 @@ def test_a_prompt_of_several_turns_is_found_in_its_conversation():
 @pytest.mark.parametrize("prompt", ["Another question?", [U("Another?")], "Why", [S("no"), U("x")]])
 def test_a_prompt_that_is_not_theirs_is_refused_with_its_remedy(prompt):
     said = refused(load_preferences, [{"prompt": prompt, **WHOLE}])
-    assert "row 1" in said and "take the column out (columns prompt=)" in said
+    assert "row 1" in said and "take the column out (--columns prompt=)" in said
     taken = load_preferences([{"prompt": prompt, **WHOLE}], columns=columns_of("prompt="))
     assert taken[0]["prompt"] == [U(LONG)]
 
 
 HH = "\n\nHuman: Name a fruit.\n\nAssistant:"
+
+
+@pytest.mark.parametrize("chosen,rejected,words", [
+    ([S("a"), U(LONG), A("good")], [S("b"), U(LONG), A("bad")], "begin with different turns"),
+    ([U(LONG), A("good")], [A("bad")], "rejected is a reply alone"),
+    ([A("good")], [U(LONG), A("bad")], "chosen is a reply alone"),
+    ([U(LONG), A("x"), U("more"), A("good")], [U(LONG), A("y"), U("more"), A("bad")],
+     "end both with the turn in which they part")])
+def test_conversations_that_answer_no_common_prompt(chosen, rejected, words):
+    said = refused(load_preferences, [{"prompt": LONG, "chosen": chosen, "rejected": rejected}])
+    assert "row 1" in said and words in said
+
+
+def test_roles_are_known_in_any_case():
+    row = {"prompt": [{"role": "User", "content": "q"}], "chosen": [{"role": "Assistant", "content": "good"}],
+           "rejected": [A("bad")]}
+    assert content(load_preferences([row])[0]) == CHAT
 
 
 def test_replies_that_repeat_their_prompt_lose_it_and_are_counted():
@@ -335,7 +352,9 @@ def test_line_ends_of_two_systems_do_not_hide_the_same_prompt():
     assert load_preferences([{"prompt": "a\nb", **both}])[0]["prompt"] == [U("a\r\nb")]
 
 
-@pytest.mark.parametrize("mark", ["\n\nHuman: ", "### Instruction:\n", "User: ", "[INST] ", "Q: "])
+@pytest.mark.parametrize("mark", ["\n\nHuman: ", "### Instruction:\n", "User: ", "[INST] ", "Q: ", "**User:** ", "user\n",
+                                  "<s>[INST] ", "<|im_start|>user\n", "<|user|>\n",
+                                  "<|start_header_id|>user<|end_header_id|>\n\n"])
 def test_a_prompt_behind_a_speakers_mark_is_not_learned_as_reply(mark):
     row = {"prompt": "Why?", **{k: f"{mark}Why?\n\nAssistant: {k}" for k in ("chosen", "rejected")}}
     said = refused(load_preferences, [P, row])
@@ -439,7 +458,7 @@ def test_pairs_of_names(names):
 
 def test_a_name_that_could_be_two_is_asked_about():
     row = {"question": "q", "query": "q", "chosen": "a b", "rejected": "a c"}
-    assert "did you mean columns prompt=question" in refused(load_preferences, [row])
+    assert "did you mean --columns prompt=question" in refused(load_preferences, [row])
     assert load_preferences([row], columns={"prompt": "query"})[0]["prompt"] == "q"
 
 
@@ -454,7 +473,7 @@ def test_columns_by_hand():
     prefs = load_preferences(ranked, columns=told)
     assert content(prefs[0]) == P and prefs.ignored_columns == []
     assert columns_of("prompt=a+b, images=") == {"prompt": ["a", "b"], "images": None}
-    assert columns_of(None) is None and columns_of({"prompt": "q"}) == {"prompt": "q"}
+    assert columns_of(None) is None and columns_of({"prompt": "a+b"}) == {"prompt": ["a", "b"]}
     joined = load_preferences([{"a": "x", "b": "y", **CHAT, "prompt": None}],
                               columns={"prompt": ["a", "b"]})
     assert joined[0]["prompt"] == [U("x\n\ny")]
@@ -567,7 +586,7 @@ def test_history_comes_before_the_prompt():
     ({"conversations": [{"from": "robot", "value": "q"}], "chosen": "a", "rejected": "b"},
      "unknown speaker 'robot'"),
     ({"prompt": "q", "chosen": {"text": "a", "score": 1}, "rejected": {"text": "b", "score": 0}},
-     "did you mean columns chosen=chosen.text"),
+     "did you mean --columns chosen=chosen.text"),
     ({"prompt": "q", "chosen": ["a", "b"], "rejected": "c"}, "columns chosen=chosen.0"),
     ({"prompt": "q", "response_a": "a", "response_b": "b", "winner": "model_a"},
      "columns chosen=response_a rejected=response_b"),
@@ -693,7 +712,7 @@ def test_json_that_is_none_is_told_what_it_is(text, words, tmp_path):
 def test_many_bad_rows_are_one_sentence(tmp_path):
     rows = [P, {**P, "chosen": 3}, P, {**P, "rejected": None}, {**P, "chosen": []}]
     said = refused(load_preferences, lines(tmp_path, rows))
-    assert "f.jsonl:2: chosen is int" in said and "2 more rows are refused, next 4, 5" in said
+    assert "f.jsonl:2: chosen is a number" in said and "2 more rows are refused, next 4, 5" in said
     said = refused(load_preferences, lines(tmp_path, [{"a": 1}] * 50))
     assert "at least 19 more" in said and len(said) < 400
 
@@ -819,9 +838,9 @@ def test_text_parts_are_joined_and_half_parts_are_not():
 # ------------------------------------------------------------ the other columns (rows 13, 22)
 
 @pytest.mark.parametrize("more,words", [
-    ({"prefix": ["a"]}, "prefix must be str"), ({"system": 3}, "system must be str"),
-    ({"tools": "weather"}, "tools must be list"), ({"tools": ["weather"]}, "list of objects"),
-    ({"tools": "[{"}, "tools"), ({"chat_template_kwargs": "x"}, "chat_template_kwargs must be dict"),
+    ({"prefix": ["a"]}, "prefix must be text"), ({"system": 3}, "system must be text"),
+    ({"tools": "weather"}, "tools must be a list"), ({"tools": ["weather"]}, "list of objects"),
+    ({"tools": "[{"}, "tools"), ({"chat_template_kwargs": "x"}, "chat_template_kwargs must be an object"),
     ({"margin": "slightly better"}, "margin must be a finite number"),
     ({"weight": True}, "weight must be"), ({"weight": "heavy"}, "weight must be")])
 def test_wrong_types_are_named(more, words, tmp_path):
@@ -848,7 +867,8 @@ def test_columns_that_steer_are_said_with_their_range():
     ({"chosen-rating": 2, "rejected-rating": 8}, "against its scores"),
     ({"score_chosen": "5.0", "score_rejected": "5"}, "tie"), ({"winner": "tie"}, "tie"),
     ({"label": "Tie"}, "tie"), ({"status": "tie"}, "tie"),
-    ({"rejected": "None"}, "word for nothing"), ({"chosen": " NaN "}, "word for nothing")])
+    ({"rejected": "None"}, "word for nothing"), ({"chosen": " NaN "}, "word for nothing"),
+    ({"rejected": " good\n"}, "blanks alone")])
 def test_doubts_are_counted_in_one_row_and_refused_in_most(bad, name, tmp_path):
     good = [{**P, "prompt": f"q{i}"} for i in range(9)]
     one = check_preferences(lines(tmp_path, [*good, {**P, **bad}]))
@@ -1026,6 +1046,61 @@ def test_real_files():
     assert len(load_preferences(data_dir() / "hh_harmless")) == 902
     assert len(load_preferences(data_dir() / "hh_harmless", "test")) == 200
     assert len(load_preferences(data_dir() / "human_pairs")) == 1482
+
+
+# ------------------------------------------------------------ prompts alone
+
+ASKED = {
+    "text": ("f.txt", "q\n\n q two \n", ["q", "q two"]),
+    "a prompt a line": ("f.jsonl", '{"prompt": "q"}\n{"prompt": "q two"}\n', ["q", "q two"]),
+    "texts of a list": ("f.json", '["q", "q two"]', ["q", "q two"]),
+    "texts over lines": ("f.json", '[\n"q",\n"q two"\n]', ["q", "q two"]),
+    "strings of lines": ("f.jsonl", '"q"\n"q two"\n', ["q", "q two"]),
+    "table": ("f.csv", "question,note\nq,1\nq two,2\n", ["q", "q two"]),
+    "alpaca": ("f.jsonl", turns(instruction="Add.", input="1 2", output="3"), ["Add.\n\n1 2"]),
+    "questions and answers": ("f.jsonl", turns(question="q", answer="a"), ["q"]),
+    "system": ("f.jsonl", turns(prompt="q", system_prompt="s"), [[S("s"), U("q")]]),
+    "messages": ("f.jsonl", turns(messages=[S("s"), U("q"), A("a"), U("more")]), [[S("s"), U("q"), A("a"), U("more")]]),
+    "answered messages": ("f.jsonl", turns(messages=[U("q"), A("a")]), [[U("q")]]),
+    "sharegpt": ("f.jsonl", turns(conversations=[H("q"), G("a"), H("more"), G("b")]), [[U("q"), A("a"), U("more")]]),
+    "json text": ("f.jsonl", turns(prompt=json.dumps([U("q")])), [[U("q")]]),
+    "history": ("f.jsonl", turns(prompt="more", history=[["q", "a"]]), [[U("q"), A("a"), U("more")]]),
+    "whole conversations": ("f.jsonl", turns(prompt="q", chosen=[U("q"), A("a")], rejected=[U("q"), A("b")]), [[U("q")]]),
+    "labelled": ("f.jsonl", turns(prompt="q", completion="a", label=True), ["q"]),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_prompts_are_read_from_whatever_pairs_are_read_from(name, tmp_path):
+    file, data, want = ASKED[name]
+    assert read_prompts(write(tmp_path, data, file)) == want
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_prompt_is_the_same_with_and_without_its_replies(name, tmp_path):
+    path = lines(tmp_path, [LAYOUTS[name]])
+    assert read_prompts(path) == [load_preferences(path)[0]["prompt"]]
+
+
+def test_prompts_have_columns_splits_and_what_stands_beside_them(tmp_path):
+    path = lines(tmp_path, [{"q": "why", "sys": "s", "truth": 3}, {"q": "who"}], "data/train_b.jsonl")
+    lines(tmp_path, [{"prompt": "x"}], "data/train_a.jsonl")
+    assert read_prompts(path, columns={"prompt": "q", "system": "sys"}) == [[S("s"), U("why")], "who"]
+    asked = read_asked(tmp_path / "data", "train_b", columns_of("prompt=q"))
+    assert asked[0]["row"]["truth"] == 3 and asked[1]["_where"] == f"{path}:2"
+    pairs = lines(tmp_path, [{"q": "why", "good": "a", "bad": "b"}])
+    named = columns_of("prompt=q chosen=good rejected=bad")
+    assert read_prompts(pairs, columns=named) == ["why"] == [r["prompt"] for r in load_preferences(pairs, None, named)]
+
+
+@pytest.mark.parametrize("data,words", [
+    ("", "no prompts"), ('{"prompt": "q"}\n{"id": 3}\n', "f.jsonl:2: expected an object with a field"),
+    ('{"prompt": ""}', "f.jsonl:1: expected"), ('{"prompt": " "}', "f.jsonl:1: the prompt is empty"), ("3\n", "f.jsonl:1"),
+    ('{"prompt": "q", "tools": [{}]}', "--columns tools="), ('{"prompt": 3}', "f.jsonl:1: prompt is a number"),
+    ('{"prompt": "q", "images": ["a.png"]}', "holds pictures"), ('{"prompt": [{"role": "user"}]}', "f.jsonl:1")])
+def test_what_asks_nothing_is_refused_by_line(data, words, tmp_path):
+    assert words in refused(read_prompts, write(tmp_path, data))
+    assert "no such file" in refused(read_prompts, tmp_path / "none.jsonl")
 
 
 # ------------------------------------------------------------ the audit

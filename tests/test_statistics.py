@@ -7,6 +7,7 @@ import torch
 from scipy import special, stats
 
 from dpo_literate.align import distinct
+from dpo_literate.community import Vote, thread_ranks
 from dpo_literate.logps import head_extras
 from dpo_literate.ppo import masked_mean, step_stats, whiten
 from dpo_literate.probes.base import change_of, interval_of
@@ -119,6 +120,31 @@ def test_a_reward_models_calibration_is_the_same_error(seed):
     chosen, rejected = normal(seed, 60), normal(seed + 1, 60)
     sure, right = (chosen - rejected).abs().sigmoid(), (chosen > rejected).double()
     assert abs(calibration(chosen, rejected, 6).error - ece(sure, right, 6)) < 1e-12
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_reward_models_calibration_is_a_mean_over_the_orders_of_ties(seed):
+    "Where margins repeat, the order of the rows must not say which group a pair falls in."
+    chosen, rejected = with_ties(seed, 60), with_ties(seed + 1, 60)
+    found, order = calibration(chosen, rejected, 6), torch.randperm(60, generator=rng(seed))
+    again = calibration(chosen[order], rejected[order], 6)
+    np.testing.assert_allclose(again.right, found.right, atol=1e-12)
+    margin, g, shares = (chosen - rejected).numpy(), np.random.default_rng(seed), []
+    right = np.where(margin == 0, .5, margin > 0)
+    for _ in range(2000):
+        ranked = right[np.lexsort((g.random(60), np.abs(margin)))]
+        shares.append([part.mean() for part in np.array_split(ranked, 6)])
+    off = np.abs(np.mean(shares, 0) - found.right)
+    assert (off <= 4 * stats.sem(shares) + 1e-12).all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_ranks_within_a_thread_are_scipys(seed):
+    values, votes = with_ties(seed), [Vote(str(k % 3), "q", "a reply", 0.) for k in range(40)]
+    found = thread_ranks(votes, values)
+    for k in range(3):
+        ranks = stats.rankdata(values[k::3])
+        np.testing.assert_allclose(found[k::3], (ranks - .5) / len(ranks), atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -3,6 +3,7 @@ ids are those of `apply_chat_template`, and no text of the data becomes a contro
 import datetime, functools, os, random, re, time
 from pathlib import Path
 import pytest
+from dpo_literate.preferences import as_chat
 from dpo_literate.results import Refusal
 from dpo_literate.rows import check_pairs, encode_pair, encode_pairs
 from dpo_literate.templates import (TEMPLATES, control_ids, encode_text, render,
@@ -493,6 +494,32 @@ def test_a_shared_beginning_is_prompt():
     assert ids == whole[:len(ids)]
     with pytest.raises(Refusal, match="changes the beginning"):
         encode_turns([U("q")], [[A("two")]], tiny_tokenizer("trims"), prefix=" one")
+
+def test_a_reply_keeps_the_blank_behind_its_shared_beginning_and_loses_nothing():
+    "As text and as a chat; the notice of a template that drops text is not given."
+    tok = tiny_tokenizer()
+    row = dict(prompt="q", chosen=" two", rejected=" six", prefix="one,", _where="f:1")
+    (made,), counts = encode_pairs([as_chat(row)], tok)
+    assert tok.decode(made.prompt_ids + made.chosen_ids).endswith("assistant\none, two<|im_end|>")
+    assert not counts.notes()
+
+@pytest.mark.parametrize("template,words", [
+    ("{{ messages[0].content.nothing.here }}", "it reads what they do not have"),
+    ("{{ messages[", "it is no template"), ("{{ messages | nosuch }}", "it failed"),
+    ("{{ 1 + messages[0].content }}", "it cannot write what they hold"),
+    ("{{ raise_exception('no') }}", "it says (no)")])
+def test_what_a_template_raises_is_said_in_words(template, words):
+    tok = tiny_tokenizer()
+    tok.chat_template = template
+    with pytest.raises(Refusal) as no: encode_pair(chat(), tok)
+    assert words in str(no.value) and "Error" not in str(no.value)
+
+def test_a_template_without_a_place_for_calls_says_so():
+    inner = dict(type="function", function=dict(name="f", arguments={}))
+    call = dict(role="assistant", tool_calls=[inner])
+    with pytest.raises(Refusal) as no: encode_pair(chat() | dict(chosen=[call]), tiny_tokenizer())
+    said = str(no.value)
+    assert "no place for calls of tools: write them as text" in said and "Error" not in said
 
 # ---------------------------------------------------------------- checking = training
 
