@@ -187,7 +187,7 @@ def reward(args):
 
 # ------------------------------------------------------------ enumerable worlds
 
-PRICES, WORLDS, VERDICTS_N = (2., 1., .5, .3), 20, 500
+PRICES, WORLDS, VERDICTS_N = (2., 1., .5, .3), 10, 500
 
 
 def one_world(seed):
@@ -232,7 +232,7 @@ def world(args):
         config=dict(prices=PRICES, verdicts=VERDICTS_N, replies=40, prompts=3),
         seed=list(range(WORLDS)),
         seconds=time.perf_counter() - start,
-        what="Reward each method leaves lying below the exact frontier, in twenty random worlds.",
+        what="Reward each method leaves lying below the exact frontier, in ten random worlds.",
     )
     save_claims(*judge_worlds())
     told(judge_worlds()[1])

@@ -2,6 +2,7 @@
 
     python benchmarks/variants.py world [--condition clean ...]
         every loss under every judge: nbs/results/variants_world_*.json (under 10 min)
+        --edges: only the losses whose best setting lay at the end of its grid
     python benchmarks/variants.py imbalance
         KTO with a tenth of its good replies: variants_imbalance.json
     python benchmarks/variants.py claims
@@ -29,7 +30,8 @@ import torch
 
 from cells import above, below, claim_row, told
 
-from dpo_literate.results import Refusal, repo_dir, save_claims, save_result
+from dpo_literate.results import (Refusal, commit, load_result, repo_dir, save_claims,
+                                  save_result)
 
 SCAN = {"sigmoid": (.05, .1, .3), "ipo_sum": (.01, .05, .1), "ipo": (.1, .3, 1.),
         "kto_pair": (.05, .1, .3), "simpo": (2., 5., 10.), "orpo": (.1, .5, 1.),
@@ -45,26 +47,41 @@ def mean(values): return sum(values) / len(values)
 # ------------------------------------------------------------ the enumerable worlds
 
 def world(args):
-    "Every loss under one judge after the other."
+    "Every loss under one judge after the other; with --edges only where a record asks for more."
     from dpo_literate.one_world import CONDITIONS
-    for name in args.condition or CONDITIONS: one_judge(name)
+    for name in args.condition or CONDITIONS: one_judge(name, args.edges)
 
 
-def one_judge(name):
+def kept_of(name):
+    "Rows of the committed record that need no wider grid, and the commit each was made at."
+    from dpo_literate.one_world import RECORDS
+    found = load_result(RECORDS[name], quiet=True)
+    history = found.pop("_provenance")
+    made = {c["method"]: c["commit"] for c in history.get("ran", {}).get("cells", [])}
+    rows = {m: row for m, row in found.items() if not row["edge"] or "saved" in row}
+    return rows, {m: made.get(m, history["commit"]) for m in rows}
+
+
+def one_judge(name, edges):
     from dpo_literate.one_world import CONDITIONS, PRICE, TEST, TUNE, methods, tune_and_test
-    start, out, every, condition = time.time(), {}, methods(), CONDITIONS[name]
-    for m, method in every.items():
+    start, every, condition = time.time(), methods(), CONDITIONS[name]
+    out, at = kept_of(name) if edges else ({}, {})
+    todo = {m: method for m, method in every.items() if m not in out}
+    if not todo: return
+    for m, method in todo.items():
         out[m] = {k: rounded(v) for k, v in tune_and_test(method, condition).items()}
-        print(f"{name:9s} {m:18s} knob {out[m]['knob']:<5} regret {mean(out[m]['regret']):6.3f}  "
+        at[m] = commit()
+        print(f"{name:9s} {m:18s} knob {out[m]['knob']:<5.3g} regret {mean(out[m]['regret']):6.3f}  "
               f"{time.time() - start:5.0f} s", flush=True)
     grids = {m: [method.loss, method.knob, str(method.grid), str(method.settings)]
              for m, method in every.items()}
     config = dict(condition=asdict(condition), steps=300, lr=.05, price=PRICE,
                   tune=[TUNE.start, TUNE.stop], grids=grids)
     print(save_result(
-        f"variants_world_{name}", out, config=config, seed=list(TEST),
+        f"variants_world_{name}", {m: out[m] for m in every}, config=config, seed=list(TEST),
         command=f"python benchmarks/variants.py world --condition {name}",
         seconds=time.time() - start,
+        ran=dict(shared={}, cells=[dict(method=m, commit=at[m]) for m in every]),
         what="regret, reward, KL, drift of chosen replies and length of every loss in ten "
              f"enumerable worlds: {condition.about}"))
 
@@ -177,7 +194,6 @@ def world_claims():
 
 
 def imbalance_claim(dpo, seeds):
-    from dpo_literate.results import load_result
     kto = load_result("variants_imbalance", quiet=True)["tenth_weighed"]["regret"]
     return claim_row("KTO with a tenth of the good replies is no worse than DPO on all pairs "
                      "(regret at most .05 above)",
@@ -262,7 +278,6 @@ def scan_values(runs, one, other, key):
 
 def scan_claims():
     "The claims that the scan can answer."
-    from dpo_literate.results import load_result
     record, rows = load_result("variants_scan", quiet=True), []
     for c in SCAN_CLAIMS:
         values, items, betas = scan_values(record["runs"], c.one, c.other, c.key)
@@ -475,6 +490,9 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     judges = commands.add_parser("world")
     judges.add_argument("--condition", nargs="*")
+    judges.add_argument("--edges", action="store_true",
+                        help="keep the rows of the committed record whose setting lies inside its "
+                             "grid")
     judges.set_defaults(run=world)
     commands.add_parser("imbalance").set_defaults(run=imbalance)
     commands.add_parser("claims").set_defaults(run=claims)

@@ -1073,6 +1073,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'dpo_literate/one_world.py'),
                                         'dpo_literate.one_world.Verdicts': ('one_world.html#verdicts', 'dpo_literate/one_world.py'),
                                         'dpo_literate.one_world.Worlds': ('one_world.html#worlds', 'dpo_literate/one_world.py'),
+                                        'dpo_literate.one_world._beyond': ('one_world.html#_beyond', 'dpo_literate/one_world.py'),
                                         'dpo_literate.one_world._draw_world': ('one_world.html#_draw_world', 'dpo_literate/one_world.py'),
                                         'dpo_literate.one_world._mark': ('one_world.html#_mark', 'dpo_literate/one_world.py'),
                                         'dpo_literate.one_world._nearest_reply': ( 'one_world.html#_nearest_reply',

@@ -113,7 +113,7 @@ class Method:
     "A loss with its settings, and the one setting that is searched."
     loss:str                    # name in the registry
     knob:str|None="beta"        # the setting that is searched, None: nothing to set
-    grid:tuple[float,...]=(.001, .003, .01, .03, .1, .3, .6, 1., 2., 5., 10.)
+    grid:tuple[float,...]=(.01, .03, .1, .3, .6, 1., 2.)
     settings:dict=field(default_factory=dict)
     mix:float=0.                # TR-DPO: how far the reference follows, every 100 steps
     keep:float=1.               # β-DPO: share of the pairs that its filter keeps at a step
@@ -127,11 +127,11 @@ def methods(
     out = {name: Method(name, grid=per_token if loss.quantity == "mean" else Method.grid)
            for name, loss in losses.items() if name not in APART}
     dpo = lambda **settings: Method("sigmoid", settings=settings)
-    push_down = (.001, .003, .01, .03, .06, .1, .2, .4, .8, 1.6)
+    push_down = (.01, .03, .06, .1, .2, .4, .8)
     return out | dict(
         sft=Method("sft", None, (1.,)),
         unlikelihood=Method("unlikelihood", "unlikelihood_alpha", push_down),
-        orpo=Method("orpo", grid=(.003, .01, .03, .1, .3, 1., 3., 10., 30., 100., 300.)),
+        orpo=Method("orpo", grid=(.03, .1, .3, 1., 3., 10., 30.)),
         beta_dpo_filter=Method("beta_dpo", keep=.8),
         robust=Method("robust", settings=dict(label_smoothing=.2)),
         r_dpo=Method("r_dpo", settings=dict(length_penalty=.08)),
@@ -260,7 +260,7 @@ def measure_policies(
                 length=(p * worlds.lengths).sum(-1).mean(-1))
 
 # %% ../nbs/20c_one_world.ipynb #f2988acf
-TUNE, TEST = range(0, 5), range(100, 120)  # worlds to choose a setting in, worlds to report
+TUNE, TEST = range(0, 5), range(100, 110)  # worlds to choose a setting in, worlds to report
 
 def _scores(method, condition, seeds, steps, good):
     "Measurements at every setting of a method's grid in some worlds."
@@ -269,19 +269,25 @@ def _scores(method, condition, seeds, steps, good):
     trained = train_policies(worlds, verdicts, method, steps, good=good)
     return measure_policies(worlds, verdicts, trained)
 
+def _beyond(end, low): # four values further on, half a decade apart
+    return tuple(end * 10**((-k if low else k) / 2) for k in range(1, 5))
+
 def tune_and_test(
     method:Method, condition:Condition,
     steps:int=300, good:float=1., # see `train_policies`
 )->dict:          # `knob`, at the `edge` of its grid?, what was `saved` there, measurements
-    "Choose the knob where regret is smallest in five worlds; report twenty others."
-    regret = _scores(method, condition, TUNE, steps, good)["regret"].mean(-1)
-    at, last = int(regret.argmin()), len(method.grid) - 1
-    edge = last > 0 and at in (0, last)
-    saved = (regret[abs(at - 1)] - regret[at]).item() if edge else 0.  # by the last step there
-    chosen = replace(method, grid=(method.grid[at],))
-    test = _scores(chosen, condition, TEST, steps, good)
-    values = {name: v[0].tolist() for name, v in test.items()}
-    return dict(knob=method.grid[at], edge=edge, saved=saved, **values)
+    "Choose the knob where regret is smallest in five worlds; report ten others."
+    def regrets(m): return dict(zip(m.grid, _scores(m, condition, TUNE, steps, good)
+                                    ["regret"].mean(-1).tolist()))
+    found = regrets(method)
+    best, ends = min(found, key=found.get), (min(found), max(found))
+    if len(found) > 1 and best in ends: # the grid goes on beyond that end
+        found |= regrets(replace(method, grid=_beyond(best, best == ends[0])))
+    best, at = min(found, key=found.get), sorted(found)
+    edge = len(at) > 1 and best in (at[0], at[-1])
+    saved = found[at[1] if best == at[0] else at[-2]] - found[best] if edge else 0.
+    test = _scores(replace(method, grid=(best,)), condition, TEST, steps, good)
+    return dict(knob=best, edge=edge, saved=saved, **{k: v[0].tolist() for k, v in test.items()})
 
 # %% ../nbs/20c_one_world.ipynb #0250bfcd
 RECORDS = {"clean": "variants_world_clean",

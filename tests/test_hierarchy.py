@@ -21,12 +21,12 @@ from dpo_literate.gw_dpo import (DELIMITERS, PARTS, KeepBest, SegmentEmbedding,
                                  add_delimiters, add_segments, delimiter_ids, gravity,
                                  has_level_tokens, hierarchy_policy, hierarchy_rows,
                                  hierarchy_state, in_stage, keep_marks, load_hierarchy,
-                                 load_hierarchy_state,
+                                 level_prompt, load_hierarchy_state,
                                  messages_of, save_hierarchy, segments_of, token_tables, turns_of)
-from dpo_literate.hierarchy import (FAMILIES, FORBID, LOOKALIKES, NEEDLESS, OVERRIDES, PAIRS,
-                                    PERSONAS, REQUESTS, TOPIC_WORDS, agreed, conflict, look_alike,
-                                    make_items, refuses, reserved_tokens, says_word,
-                                    strip_reserved)
+from dpo_literate.hierarchy import (FAMILIES, FORBID, LOOKALIKES, NEEDLESS, OFFICIAL_PHRASES,
+                                    OVERRIDES, PAIRS, PERSONAS, REQUESTS, TOPIC_WORDS, agreed,
+                                    conflict, look_alike, make_items, refuses, reserved_tokens,
+                                    says_word, shuffled, strip_reserved)
 from dpo_literate.hierarchy_eval import (hierarchy_metrics, judge_replies, load_to_judge,
                                          macro_mean, main_hierarchy, pooled_share, ppa,
                                          replies_to, share_interval, share_of, whs)
@@ -179,6 +179,56 @@ def test_offsets_of_rows():
                            for s in ("constant", "bilateral"))
     assert sum(constant) == pytest.approx(sum(bilateral))
     assert len({round(o, 9) for o in constant}) == 2
+
+
+def test_a_constant_offset_is_matched_in_each_stage(tmp_path, monkeypatch):
+    "In every stage the control asks what the bilateral schedule asks on average."
+    from dpo_literate import gw_dpo
+    asked = {}
+    class Noted:
+        def __init__(self, policy, args, train_dataset, **_):
+            offsets = [row.offset for row in train_dataset if row.offset]
+            asked.setdefault(name, []).append(sum(offsets) / len(offsets))
+            self.state = argparse.Namespace(log_history=[])
+        def remove_callback(self, _): pass
+        def train(self): pass
+    monkeypatch.setattr(gw_dpo, "DPOTrainer", Noted)
+    monkeypatch.setattr(gw_dpo, "keep_marks", lambda trainer: trainer)
+    tokenizer, items = made(ise=False)[1], make_items(per_pair=2, benign=2, cascades=3)
+    for name in ("bilateral", "constant"):
+        gw_dpo.train_hierarchy(None, tokenizer, items, schedule=name, out=tmp_path, use_cpu=True)
+    assert asked["constant"] == pytest.approx(asked["bilateral"])
+    assert asked["constant"][0] > asked["constant"][2] + .5     # so one mean would not do
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_blocks_stand_in_the_order_of_the_item(seed):
+    tokenizer = made(ise=False)[1]
+    for x in shuffled(ITEMS, seed):
+        ids = level_prompt(x, tokenizer)
+        starts = [t for t in tokenizer.convert_ids_to_tokens(ids) if t.endswith("_START|>")]
+        assert starts[:-1] == [f"<|L{level}_START|>" for level in x.order]
+        turned = level_prompt(x, tokenizer, upside_down=True)
+        starts = [t for t in tokenizer.convert_ids_to_tokens(turned) if t.endswith("_START|>")]
+        assert starts[:-1] == [f"<|L{level}_START|>" for level in x.order[::-1]]
+        assert hierarchy_rows([x], tokenizer)[0].prompt_ids == ids
+    assert shuffled(ITEMS, seed) == shuffled(ITEMS, seed) != shuffled(ITEMS, seed + 1)
+
+
+def test_a_ruined_reply_has_won_nothing():
+    x = conflict((0, 3), random.Random(0), family="brackets")
+    ruin = FAMILIES["brackets"].apply(x.wanted, "")
+    assert x.satisfied(ruin) and not x.follows(ruin) and x.ruined(ruin)
+    won = judge_replies([x, x], [ruin, x.chosen])["won"]
+    assert won.tolist() == [0., 1.]
+
+
+@pytest.mark.parametrize("reply, ours, theirs", [
+    ("I'm unable to say.", True, True), ("I CAN’T HELP you", True, True),
+    ("I must decline.", True, False), ("I cannot talk about tea.", True, False),
+    ("I don't have the ability.", False, True), ("The cow.", False, False)])
+def test_both_lists_of_refusals(reply, ours, theirs):
+    assert (refuses(reply), refuses(reply, OFFICIAL_PHRASES)) == (ours, theirs)
 
 
 # ------------------------------------------------------------ the data
@@ -645,8 +695,8 @@ def bench(monkeypatch, tmp_path):
 def pretended(shift):
     "Values of a cell, as if measured."
     pairs = {f"{i}{j}": .5 + shift for i, j in PAIRS}
-    names = ("macro", "whs", "cascades", "upside_down", "refused", "undone", "aligned_refused",
-             "aligned_undone", "benign_refused", "benign_undone")
+    names = ("macro", "whs", "cascades", "higher_first", "upside_down", "refused", "official",
+             "undone")
     example = dict(kind="conflict", pair=[0, 1], chosen="A.", reply="B.")
     return dict.fromkeys(names, .5 + shift) | dict(pairs_won=pairs, families_won={"case": .5},
                                                    examples=[example])
@@ -658,6 +708,9 @@ def test_a_record_waits_for_every_cell_and_judges_by_the_interval(bench, monkeyp
     def keep(name, values, **more): kept.update(values=values, **more)
     monkeypatch.setattr(bench, "save_result", keep)
     monkeypatch.setattr(bench, "save_claims", lambda page, rows: kept.update(rows=rows))
+    def reread(name):
+        return kept["values"] | dict(_provenance=dict(config=kept["config"])), [0, 1, 2]
+    monkeypatch.setattr(bench, "recorded", reread)
     def write(c, shift): cells.made(bench.CELLS, c, lambda _: pretended(shift))
     for c in todo[:-1]:
         write(c, (.2 + .02 * c["seed"]) * (c["arm"] == "bilateral") + .01 * c["seed"])
@@ -671,6 +724,8 @@ def test_a_record_waits_for_every_cell_and_judges_by_the_interval(bench, monkeyp
     assert verdicts["calibration rows lower over-refusal, phrase list"] == "did not hold"
     # equal cells have no spread
     assert verdicts["DPO raises macro PPA over supervised training"] == "cannot tell"
+    assert [r["claim"][:15] for r in kept["rows"]][-1] == "rank, not place"
+    assert {c["commit"] for c in kept["ran"]["cells"]} == {"0123456789"}
 
 
 def test_an_arm_waits_for_its_supervised_model(bench):

@@ -5,7 +5,8 @@ import pytest, torch
 from dpo_literate.sampling import kl_per_reply
 from dpo_literate.models import tiny_model, weights_hash, write_folder
 from dpo_literate.ppo import (KLControl, drawn_pairs, gae, kl_estimates, masked_mean, policy_loss,
-                              step_stats, token_rewards, value_loss, whiten, world_dpo, world_ppo)
+                              step_stats, token_rewards, value_loss, walk_dpo, whiten,
+                              world_dpo, world_ppo)
 from dpo_literate.checkpoints import checkpoints, verify
 from dpo_literate.ppo_text import (PPO, PPOConfig, collect, main_ppo, prompt_numbers,
                                    read_replies, resume, reward_function, roll_out,
@@ -586,3 +587,43 @@ def test_an_interrupted_run_keeps_its_state(tmp_path, stop):
     train(whole)
     resume(again); train(again)
     assert again.done == 3 and weights_hash(whole.policy) == weights_hash(again.policy)
+
+
+# ------------------------------------------------------------ the comparison of page 12a
+
+@pytest.mark.parametrize("optimiser", ["SGD", "Adam"])
+@pytest.mark.parametrize("method", ["DPO", "PPO", "PPO, no clip"])
+def test_tables_side_by_side_walk_as_one_does(method, optimiser):
+    "The script's runs of one table are those of the page, draw by draw."
+    from fragile import dpo_walks, ppo_walks
+    world, how = small_world(), dict(steps=6, epochs=3)
+    c = dict(method=method, optimiser=optimiser, beta=.5, batch=16, rates=[.05], value_lr=.2, **how)
+    walks = dpo_walks if method == "DPO" else ppo_walks
+    prompts = torch.full_like(world.prompt_p, 1 / len(world.prompts))     # the script's are even
+    world = World(world.prompts, world.replies, prompts, world.ref_logps, world.rewards)
+    ours = walks(world.ref_logps[None, None], world.rewards[None, None], c, rng(3))[0, 0]
+    how |= dict(seed=3, batch=16, lr=.05, optimizer=getattr(torch.optim, optimiser))
+    if method != "DPO": how |= dict(value_lr=.2, clip=.2 if method == "PPO" else 1e9)
+    walk = walk_dpo if method == "DPO" else world_ppo
+    theirs = walk(world, world.rewards, .5, **how)[-1]
+    assert (ours - theirs).abs().max() < 1e-8 < (theirs - world.ref_logps).abs().max()
+
+
+def test_rates_and_worlds_do_not_meet():
+    "A table's walk knows nothing of the tables beside it but the draws."
+    from fragile import dpo_walks
+    world = small_world()
+    ref, r = (t.expand(2, 3, *t.shape) for t in (world.ref_logps, world.rewards))
+    c = dict(method="DPO", optimiser="SGD", beta=.5, batch=64, rates=[0., 1.], value_lr=1.,
+             steps=3, epochs=2)
+    end = dpo_walks(ref, r, c, rng(0))
+    assert (end[0] - ref[0]).abs().max() < 1e-12 < (end[1] - ref[1]).abs().min(-1)[0].max()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dpo_by_steps_nears_its_minimiser(seed):
+    world = small_world()
+    star = optimal_policy(world.ref_logps, world.rewards, .5)
+    path = walk_dpo(world, world.rewards, .5, seed, steps=60)
+    def off(lp): return (world.prompt_p * kl(lp, star)).sum().item()
+    assert off(path[-1]) < .05 * off(world.ref_logps)
