@@ -169,7 +169,7 @@ def check_varlen(
     k, v = k[at.keys], v[at.keys]
     try: got = kernel(q, k, v, at, width**-.5)
     except (Refusal, RuntimeError, TypeError, ImportError, NotImplementedError) as why:
-        return f"attention pair by pair: varlen_attn refused ({str(why).splitlines()[0]})"
+        return f"attention pair by pair: varlen_attn refused ({str(why).split('. ')[0]})"
     off = (got.double() - plain_varlen(*(x.double() for x in (q, k, v)), at, width**-.5)).abs()
     if off.max() <= 8 * torch.finfo(dtype).eps: return None
     return f"attention pair by pair: varlen_attn is off by {off.max():.2g}"
