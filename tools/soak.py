@@ -202,12 +202,14 @@ def damaged_folder():
 @row("damage", "damaged files of checkpoints, adapters, models, tables and run folders: not seen, "
      "and not harmless", "400 cases; 0")
 def damage(soak):
-    found = soak.piece("damage", "checkpoints", damaged_runs)
-    found |= dict(model=soak.piece("damage", "model", damaged_model))
-    found |= {"run folder": soak.piece("damage", "run folder", damaged_folder)}
+    jobs = {"checkpoints": damaged_runs, "model": damaged_model, "run folder": damaged_folder}
+    found = soak.pieces("damage", jobs)
+    late = "".join(f"; {k} not tried" for k in jobs if k not in found)
+    found = found.pop("checkpoints", {}) | found
     n, bad = sum(f["cases"] for f in found.values()), sum((f["missed"] for f in found.values()), [])
     each = ", ".join(f"{k} {f['cases']}" for k, f in found.items())
-    return f"{n:,} cases ({each}); {len(bad)}", n >= 400 and not bad, dict(missed=bad[:20])
+    met = n >= 400 and not bad and not late
+    return f"{n:,} cases ({each}); {len(bad)}{late}", met, dict(missed=bad[:20])
 
 
 def full_disks():
