@@ -426,12 +426,14 @@ def measured(soak, name):
 def record(rows, seconds, minutes):
     "Write the table; a row that was not measured now stays as it was, with its commit."
     path = repo_dir() / "nbs" / "results" / "soak.json"
-    old = json.loads(path.read_text(encoding="utf-8"))["values"]["rows"] if path.exists() else []
-    known = {r["name"]: r for r in (*old, *filter(None, rows))}
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else dict(seconds=0.)
+    before = old.get("values", dict(rows=[]))["rows"]
+    known = {r["name"]: r for r in (*before, *filter(None, rows))}
     none = dict(ours="not measured", met=False, commit=None, package=None, more={})
     whole = [dict(name=n, target=t, **none) | known.get(n, {}) | dict(figure=f, command=c)
              for n, (f, t, _, c) in ROWS.items()]
-    save_result("soak", dict(rows=whole), command="make soak", seed=None, seconds=seconds,
+    save_result("soak", dict(rows=whole), command="make soak", seed=None,
+                seconds=old["seconds"] + seconds,
                 config=dict(minutes=minutes),
                 what="reliability figures: kills, damage, full disks, fuzz, exactness")
     return whole
