@@ -202,12 +202,14 @@ def damaged_folder():
 @row("damage", "damaged files of checkpoints, adapters, models, tables and run folders: not seen, "
      "and not harmless", "400 cases; 0")
 def damage(soak):
-    found = soak.piece("damage", "checkpoints", damaged_runs)
-    found |= dict(model=soak.piece("damage", "model", damaged_model))
-    found |= {"run folder": soak.piece("damage", "run folder", damaged_folder)}
+    jobs = {"checkpoints": damaged_runs, "model": damaged_model, "run folder": damaged_folder}
+    found = soak.pieces("damage", jobs)
+    late = "".join(f"; {k} not tried" for k in jobs if k not in found)
+    found = found.pop("checkpoints", {}) | found
     n, bad = sum(f["cases"] for f in found.values()), sum((f["missed"] for f in found.values()), [])
     each = ", ".join(f"{k} {f['cases']}" for k, f in found.items())
-    return f"{n:,} cases ({each}); {len(bad)}", n >= 400 and not bad, dict(missed=bad[:20])
+    met = n >= 400 and not bad and not late
+    return f"{n:,} cases ({each}); {len(bad)}{late}", met, dict(missed=bad[:20])
 
 
 def full_disks():
@@ -424,12 +426,14 @@ def measured(soak, name):
 def record(rows, seconds, minutes):
     "Write the table; a row that was not measured now stays as it was, with its commit."
     path = repo_dir() / "nbs" / "results" / "soak.json"
-    old = json.loads(path.read_text(encoding="utf-8"))["values"]["rows"] if path.exists() else []
-    known = {r["name"]: r for r in (*old, *filter(None, rows))}
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else dict(seconds=0.)
+    before = old.get("values", dict(rows=[]))["rows"]
+    known = {r["name"]: r for r in (*before, *filter(None, rows))}
     none = dict(ours="not measured", met=False, commit=None, package=None, more={})
     whole = [dict(name=n, target=t, **none) | known.get(n, {}) | dict(figure=f, command=c)
              for n, (f, t, _, c) in ROWS.items()]
-    save_result("soak", dict(rows=whole), command="make soak", seed=None, seconds=seconds,
+    save_result("soak", dict(rows=whole), command="make soak", seed=None,
+                seconds=old["seconds"] + seconds,
                 config=dict(minutes=minutes),
                 what="reliability figures: kills, damage, full disks, fuzz, exactness")
     return whole
