@@ -123,7 +123,7 @@ MUTANTS = [
            "for k, v in value.items() if v is not None}", "for k, v in value.items()}",
            "test_preferences.py::test_nulls_that_a_columnar_file_wrote_are_gone"),
     Mutant("a prompt column that says something else is passed over", "preferences",
-           "if k == 0 or not _agrees(prompt, c[:k]):", "if k == 0:",
+           "if not _agrees(prompt, c[:k]): raise", "if False: raise",
            "test_preferences.py::test_a_prompt_that_is_not_theirs_is_refused_with_its_remedy"),
     Mutant("a prompt cut inside a word", "preferences",
            "k = blank if blank or a[:k].isascii() else k", "k = k",
@@ -234,7 +234,7 @@ BLIND = [
     Mutant("the system text in a user's turn", "rows", "prompt = [{\"role\": \"system\", \"content\": system}, *prompt]", "prompt = [{\"role\": \"user\", \"content\": system}, *prompt]", "test_rows.py test_templates.py"),
     Mutant("z₀ with a gradient", "departures", "(policy_logps - ref_logps).detach().mean()", "(policy_logps - ref_logps).mean()", "test_variants.py test_unpaired.py"),
     Mutant("Granite's scale the wrong way", "logps", "scale=scale / (getattr(config, \"logits_scaling\", None) or 1.)", "scale=scale * (getattr(config, \"logits_scaling\", None) or 1.)", "test_logps.py test_survivors.py"),
-    Mutant("a held-out prompt trained on", "align", "groups.setdefault(tuple(row.prompt_ids), [])", "groups.setdefault(id(row), [])", "test_align.py::test_hold_out_keeps_prompts_whole"),
+    Mutant("a held-out prompt trained on", "align", "groups.setdefault(asked, [])", "groups.setdefault(id(row), [])", "test_align.py::test_hold_out_keeps_prompts_whole"),
 ]
 
 def tree(folder, mutant=None):
