@@ -71,8 +71,8 @@ def one_judge(name, edges):
     for m, method in todo.items():
         out[m] = {k: rounded(v) for k, v in tune_and_test(method, condition).items()}
         at[m] = commit()
-        print(f"{name:9s} {m:18s} knob {out[m]['knob']:<5.3g} regret {mean(out[m]['regret']):6.3f}  "
-              f"{time.time() - start:5.0f} s", flush=True)
+        print(f"{name:9s} {m:18s} knob {out[m]['knob']:<5.3g} "
+              f"regret {mean(out[m]['regret']):6.3f}  {time.time() - start:5.0f} s", flush=True)
     grids = {m: [method.loss, method.knob, str(method.grid), str(method.settings)]
              for m, method in every.items()}
     config = dict(condition=asdict(condition), steps=300, lr=.05, price=PRICE,
@@ -145,7 +145,7 @@ CLAIMS = [Claim(*fields) for fields in (
     ("KTO beats DPO on noisy labels",
      "arXiv:2402.01306", "advice of the paper; " + mistral(13.1) + " in SimPO's table",
      "flipped", "kto", "sigmoid", "regret", -1),
-    ("beta-DPO beats DPO on noisy labels",
+    ("beta-DPO (without its filter) beats DPO on noisy labels",
      "arXiv:2407.08639", UNREAD, "flipped", "beta_dpo", "sigmoid", "regret", -1),
     ("SimPO writes shorter than DPO under a judge who likes length",
      "arXiv:2405.14734", mistral(21.4), "lengthy", "simpo", "sigmoid", "length", -1),
@@ -171,7 +171,7 @@ CLAIMS = [Claim(*fields) for fields in (
      "arXiv:2402.00856", UNREAD, "clean", "exo_pair", "sigmoid", "regret", -1),
     ("DiscoPOP beats DPO",
      "arXiv:2406.08414", UNREAD, "clean", "discopop", "sigmoid", "regret", -1),
-    ("ORPO, without a reference, beats DPO",
+    ("ORPO (likelihood of the reply only), without a reference, beats DPO",
      "arXiv:2403.07691", mistral(14.7), "clean", "orpo", "sigmoid", "regret", -1),
 )]
 
@@ -244,9 +244,9 @@ SCAN_CLAIMS = [ScanClaim(*fields) for fields in (
      ("ipo", "best"), ("ipo_sum", "best"), "rewards", 1),
     ("SimPO earns more than DPO, each at its best beta",
      "arXiv:2405.14734", mistral(21.4), ("simpo", "best"), ("sigmoid", "best"), "rewards", 1),
-    ("ORPO, without a reference, earns more than DPO, each at its best beta",
+    ("ORPO (reply only), without a reference, earns more than DPO, each at its best beta",
      "arXiv:2403.07691", mistral(14.7), ("orpo", "best"), ("sigmoid", "best"), "rewards", 1),
-    ("ORPO keeps the chosen replies from falling as they do under DPO",
+    ("ORPO (reply only) keeps the chosen replies from falling as they do under DPO",
      "arXiv:2403.07691", UNREAD, ("orpo", "low"), ("sigmoid", "low"), "chosen_drift", 1),
     ("robust DPO, told of 10 % of flips that are not there, earns less than DPO",
      "arXiv:2403.00409", "theory: unbiased under flips, more variance",

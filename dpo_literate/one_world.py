@@ -15,7 +15,7 @@ from torch import Tensor
 from .departures import beta_dpo_filter
 from .losses import DIVERGENCE, all_losses, arguments_of, get_loss
 from .plots import COLORS, finish, new_fig
-from .results import bootstrap_interval, load_result
+from .results import load_result, mean_interval
 from .world import World, kl, objective, optimal_policy, sample_pairs
 
 # %% ../nbs/20c_one_world.ipynb #a5f96fba
@@ -311,7 +311,7 @@ def difference_to_dpo(
 )->tuple[float,float,float]: # mean, and the 95 % interval
     "A method minus DPO in the same worlds."
     ours, dpo = (torch.tensor(comparison[condition][m][key]) for m in (name, "sigmoid"))
-    return (ours - dpo).mean().item(), *bootstrap_interval(ours - dpo)
+    return (ours - dpo).mean().item(), *mean_interval(ours - dpo)
 
 # %% ../nbs/20c_one_world.ipynb #9bbfa80e
 def by_mean_regret(comparison:dict)->list[str]: # methods, least regret over all judges first
@@ -364,7 +364,7 @@ def best_losses(
     picked = sorted(once.values(), key=lambda name: sum(regrets[name][:half]))[:n]
     other = {name: torch.tensor(r[half:]) for name, r in regrets.items()}
     leads = {name: other["sigmoid"] - other[name] for name in picked}
-    return [(name, lead.mean().item(), *bootstrap_interval(lead))
+    return [(name, lead.mean().item(), *mean_interval(lead))
             for name, lead in leads.items()]
 
 # %% ../nbs/20c_one_world.ipynb #3d4fe860

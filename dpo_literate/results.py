@@ -419,7 +419,7 @@ def judge(
     if n < 2: return dict(ours=ours, low=None, high=None, verdict="too small to tell", **about,
                           test="none: one value", detectable=None)
     test, (low, high), freedom = interval_for(values, items)
-    flat = n < FLAT and max(values) - min(values) <= 1e-9
+    flat = n < FLAT and all(max(v) - min(v) <= 1e-9 for v in (values, items or values))
     more = stats.t.ppf(.8, freedom) / stats.t.ppf(.975, freedom)
     return dict(ours=ours, low=low, high=high, **about, test=test,
                 verdict="cannot tell" if flat else bar(low, high),

@@ -39,6 +39,7 @@ JUDGES = {"hierarchy": ("hierarchy", "judge"), "secalign": ("secalign", "judge")
           "frontier": ("frontier", "judge_worlds"), "frontier_text": ("frontier", "judge_text"),
           "12a_ppo": ("fragile", "judge"), "14_online": ("online", "judge"),
           "15_groups": ("groups", "judge"), "15a_sparse": ("sparse", "judge"),
+          "15b_misspecified": ("misspecified", "judge"),
           "16_choose": ("choose", "judge"), "20c_one_world": ("variants", "judge"),
           "24_drpo": ("drpo", "judge"), "25_recommend": ("recommend", "judge"),
           "26_community": ("community", "judge"), "27_own_failures": ("failures", "judge")}
@@ -134,7 +135,7 @@ def test_shares_have_a_width():
 DIRTY = {"anatomy_prompts", "anatomy_stages", "bench_cpu_float32", "community", "demo", "demo_far",
          "frontier_worlds",
          "failures", "first_model", "hierarchy", "honesty", "polite_pairs", "ppo_text", "refusal",
-         "secalign", "tdi", "variants_scan"}
+         "secalign", "soak", "tdi", "variants_scan"}
 
 
 def test_records_name_a_commit_that_holds_their_code():

@@ -664,11 +664,49 @@ def bench():
     return module
 
 
-@pytest.mark.parametrize("low,high,wanted,verdict", [
-    (-.3, -.1, -1, "held"), (.1, .3, -1, "did not hold"), (-.1, .1, -1, "too small to tell"),
-    (.1, .2, 1, "held"), (-.2, -.1, 1, "did not hold")])
-def test_verdicts_on_claims_follow_the_interval(low, high, wanted, verdict):
-    assert bench().verdict(low, high, wanted) == verdict
+@pytest.mark.parametrize("wanted, below, above", [(-1, "held", "did not hold"),
+                                                  (1, "did not hold", "held")])
+def test_a_claim_asks_for_one_sign(wanted, below, above):
+    line = bench().line(wanted)
+    assert (line(-.3, -.1), line(.1, .3), line(-.1, .1)) == (below, above, "too small to tell")
+
+
+@pytest.mark.parametrize("optimum, knob, edge, saved, tried", [
+    (-1., .1, False, 0., 7),             # inside: the grid stays as it is
+    (-2.9, .001, False, 0., 11),         # beyond its low end, and found there
+    (.9, 2 * 10**.5, False, 0., 11),     # beyond its high end
+    (-9., .0001, True, .5, 11)])         # further than the grid goes on
+def test_a_grid_goes_on_where_its_best_setting_lies_at_the_end(
+        monkeypatch, optimum, knob, edge, saved, tried):
+    "Regret as if measured: the distance from an optimum, in decades."
+    asked = []
+    def scores(method, condition, seeds, steps, good):
+        if seeds is one_world.TUNE: asked.extend(method.grid)
+        far = (torch.tensor(method.grid).double().log10() - optimum).abs()
+        return dict(regret=far[:, None].expand(-1, len(seeds)))
+    monkeypatch.setattr(one_world, "_scores", scores)
+    found = one_world.tune_and_test(one_world.Method("sigmoid"), None)
+    assert (found["edge"], len(asked)) == (edge, tried)
+    assert found["knob"] == pytest.approx(knob) and found["saved"] == pytest.approx(saved)
+    assert len(found["regret"]) == len(one_world.TEST)
+
+
+def test_the_filter_keeps_the_usual_pairs_of_each_batch():
+    "Batches side by side: each keeps its own eight of ten, the outlier seldom."
+    g = torch.Generator().manual_seed(0)
+    gap = torch.randn(3, 4, 10, generator=g)
+    gap[..., 0] = 30.
+    mean, std = torch.zeros(3, 4, 1), torch.ones(3, 4, 1)
+    kept = torch.stack([beta_dpo_filter(gap, mean, std, g) for _ in range(20)])
+    assert (kept.sum(-1) == 8).all() and kept[..., 0].sum() == 0 < kept[..., 1:].min(0)[0].numel()
+
+
+def test_the_filtered_method_sees_fewer_pairs():
+    worlds = one_world.make_worlds(range(2))
+    verdicts = one_world.draw_verdicts(worlds, one_world.CONDITIONS["flipped"])
+    plain, kept = (one_world.train_policies(worlds, verdicts, METHODS[m], steps=8)
+                   for m in ("beta_dpo", "beta_dpo_filter"))
+    assert plain.shape == kept.shape and kept.isfinite().all() and (plain - kept).abs().max() > 1e-3
 
 
 def test_claims_name_methods_that_take_part():
