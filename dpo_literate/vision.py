@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
 from .logps import Batch, reply_logps, unwrapped
 from .models import TINY, adapter_base, load_tokenizer, no_dropout, resolve_model
-from .packing import FLOOR, TIMES, attention_for, knows_pairs, lay_out, nudged, rms
+from .attention import knows_pairs
+from .packing import FLOOR, TIMES, attention_for, lay_out, nudged, rms
 from .preferences import as_chat, texts_of
 from .reading import _open, read_preferences
 from .results import Refusal
