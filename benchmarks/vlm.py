@@ -18,13 +18,13 @@ import statistics
 from collections import Counter
 from functools import cache
 
-from cells import (above, below, by_seed, claim_row, find, gathered, options, recorded, row_of,
+from cells import (above, below, by_seed, claim_row, find, gathered, options, recorded,
                    run_or_record, seconds_of, seeds_of, work)
 from PIL import Image
 
 from dpo_literate.hallucination import caption_pairs, faults, look_back
 from dpo_literate.models import load_model, load_tokenizer
-from dpo_literate.results import bootstrap_interval, repo_dir, save_claims, save_result
+from dpo_literate.results import repo_dir, save_claims, save_result
 from dpo_literate.runs import Stages, digest
 from dpo_literate.small_vlm import (ASK, ATTENTION, answers, assemble, dinov2, draw_shapes, lesson,
                                     processor_of, read_emoji, remember, start_projector, teach,
@@ -201,9 +201,8 @@ def seen(cells):
 
 
 def paired(one, other):
-    "Mean difference of two rows of flags and its interval over pictures."
-    differences = [int(a) - int(b) for a, b in zip(one, other)]
-    return statistics.mean(differences), *bootstrap_interval(differences)
+    "Differences of two rows of flags, a number a picture."
+    return [int(a) - int(b) for a, b in zip(one, other)]
 
 
 def judge_seeing(found=None):
@@ -217,9 +216,10 @@ def judge_seeing(found=None):
     for asked, flags in found["questions"].items():
         for other in ("blind", "majority"):
             if other not in flags: continue
-            rows.append(row_of(f"Seeing beats {other}: {names[asked]} (difference in accuracy, "
-                               f"{len(flags['seeing'])} pictures)", "our check", None,
-                               paired(flags["seeing"], flags[other]), above(0), **more))
+            rows.append(claim_row(f"Seeing beats {other}: {names[asked]} (difference in accuracy, "
+                                  f"{len(flags['seeing'])} pictures)", "our check", None,
+                                  paired(flags["seeing"], flags[other]), above(0),
+                                  unit="picture", **more))
     return "23a_small_vlm", rows
 
 
