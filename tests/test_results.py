@@ -38,6 +38,8 @@ JUDGES = {"hierarchy": ("hierarchy", "judge"), "secalign": ("secalign", "judge")
           "tdi": ("probes", "judge_tdi"), "refusal": ("probes", "judge_refusal"),
           "frontier": ("frontier", "judge_worlds"), "frontier_text": ("frontier", "judge_text"),
           "12a_ppo": ("fragile", "judge"), "14_online": ("online", "judge"),
+          "23a_small_vlm": ("vlm", "judge_seeing"),
+          "23b_hallucination": ("vlm", "judge_captions_of"),
           "15_groups": ("groups", "judge"), "15a_sparse": ("sparse", "judge"),
           "15b_misspecified": ("misspecified", "judge"),
           "16_choose": ("choose", "judge"), "20c_one_world": ("variants", "judge"),
