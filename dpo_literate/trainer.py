@@ -184,13 +184,14 @@ def in_pieces(
     accelerator, total = trainer.accelerator, 0.
     share, last = accelerator.num_processes / N, len(pieces) - 1
     now, deepspeed = accelerator.sync_gradients, trainer.is_deepspeed_enabled
+    undo = 1 if deepspeed else accelerator.gradient_accumulation_steps # 5.3 divides by it
     for i, piece in enumerate(pieces):
         sync = now and i == last
         accelerator.gradient_state._set_sync_gradients(sync) # accelerate scales and reduces by it
         quiet = contextlib.nullcontext() if sync or deepspeed else accelerator.no_sync(model)
         with quiet:
             part = trainer.step.loss(model, piece) * share
-            accelerator.backward(part, **(dict(scale_wrt_gas=False) if deepspeed else {}))
+            accelerator.backward(part * undo, **(dict(scale_wrt_gas=False) if deepspeed else {}))
         total = total + part.detach()
     accelerator.gradient_state._set_sync_gradients(now)
     return total
