@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'SHOWN', 'check_finite', 'StepGuard', 'in_pieces', 'PreferenceTrainer', 'padded_logits', 'told_metrics',
-           'in_one', 'make_reference', 'plain_scorer', 'read_table', 'reference_context', 'needed_in_turn', 'needed',
-           'epochs_of', 'probed', 'DPOTrainer', 'data_hash', 'run_card', 'sample_replies', 'show_samples',
-           'tell_tracker', 'card_facts', 'plot_log']
+           'logits_of_a_turn', 'in_one', 'make_reference', 'plain_scorer', 'read_table', 'reference_context',
+           'needed_in_turn', 'needed', 'epochs_of', 'probed', 'DPOTrainer', 'data_hash', 'run_card', 'sample_replies',
+           'show_samples', 'tell_tracker', 'card_facts', 'plot_log']
 
 # %% ../nbs/10d_trainer.ipynb #7ea10005
 import contextlib, copy, hashlib, itertools, logging, math
@@ -231,8 +231,8 @@ class PreferenceTrainer(TransformersPort, Trainer):
         for groups in needed_in_turn(self, rows): self.table.extend(groups)
 
     def log(self, logs, start_time=None):
-        "Trainer's line, with the means over all pairs since the last one."
-        if "loss" in logs: logs |= self.step.meter.line()
+        "Trainer's line, with the means since the last one; the last line has the rest."
+        if "loss" in logs or "train_loss" in logs: logs |= self.step.meter.line()
         super().log(logs, start_time)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **_):
@@ -296,17 +296,25 @@ def told_metrics(
     size:int,  # read together
 )->dict:       # name -> number
     "Ask `compute_metrics`: once for the set, or batch by batch with `batch_eval_metrics`."
-    team, ask = trainer.folder.team, trainer.compute_metrics
-    if team.size > 1:
-        raise Refusal("compute_metrics reads all logits in one process: evaluate in one, "
-                      "or leave it out")
-    batches = in_groups(rows, size)
+    if trainer.sharded:
+        raise Refusal("compute_metrics reads all logits, and this model is in shards: evaluate "
+                      "its saved copy in one process, or leave it out")
+    ask, turns = trainer.compute_metrics, in_groups(in_groups(rows, size), trainer.folder.team.size)
     if trainer.args.batch_eval_metrics:
-        for k, some in enumerate(batches):
-            told = ask(EvalPrediction(*padded_logits(trainer, some)), k == len(batches) - 1)
+        for k, turn in enumerate(turns):
+            told = ask(EvalPrediction(*logits_of_a_turn(trainer, turn)), k == len(turns) - 1)
         return told
-    logits, ids = zip(*(padded_logits(trainer, some) for some in batches))
+    logits, ids = zip(*(logits_of_a_turn(trainer, turn) for turn in turns))
     return ask(EvalPrediction(in_one(logits).numpy(), in_one(ids).numpy()))
+
+def logits_of_a_turn(
+    trainer,
+    turn:list, # of batches, one a process; the last turn may lack some
+)->tuple:      # logits and ids of all of them, on every process
+    "Each process reads its batch, and all see them all."
+    team = trainer.folder.team
+    mine = [padded_logits(trainer, rows) for rows in turn[team.rank:team.rank + 1]]
+    return tuple(map(in_one, zip(*sum(team.gather(mine), []))))
 
 def in_one(parts)->Tensor: # batches one after the other, shorter texts filled with -100
     T = max(p.shape[1] for p in parts) if parts[0].dim() > 1 else None
@@ -442,6 +450,8 @@ class DPOTrainer(PreferenceTrainer):
 
     @property
     def beta(self)->float: return self.args.beta
+    @property
+    def aux_loss_enabled(self)->bool: return any(t.name == "aux_loss" for t in self.step.terms)
     @property
     def loss_types(self)->list: return self.args.loss_type
     @property
