@@ -322,16 +322,18 @@ def kto_loss(
 
 # %% ../nbs/20a_departures.ipynb #05b3f772
 @register_loss("apo_zero_unpaired", title="APO-zero, unpaired", source="arXiv:2408.06266",
-    formula=r"\sigma(-\hat r)\ \text{or}\ \sigma(\hat r)", at_init=lambda **_: .5,
-    slope=lambda beta=.1, **_: (-beta / 4, beta / 4), optimum=lambda p, **_: math.inf,
+    formula=r"\lambda_D\sigma(-\hat r)\ \text{or}\ \lambda_U\sigma(\hat r)",
+    at_init=_kto_start, slope=_kto_slope, optimum=lambda p, **_: math.inf,
     relations=("ratio", "units", "alone", "monotone"))
 def apo_zero_unpaired_loss(
     logratio:Tensor,     # log π_θ − log π_ref of one reply (nat), shape (B,)
     label:Tensor,        # 1 for a good reply, 0 for a bad one, shape (B,)
     beta:float=0.1,      # strength of the tie to the reference, > 0
+    desirable_weight:float=1., undesirable_weight:float=1., # λ_D, λ_U
 )->tuple[Tensor,Tensor]: # loss and reward of each reply, (B,)
     "KTO against the reference itself (arXiv:2408.06266)."
-    return kto_loss(logratio, label, torch.zeros_like(logratio), beta)
+    return kto_loss(logratio, label, torch.zeros_like(logratio), beta,
+                    desirable_weight, undesirable_weight)
 
 # %% ../nbs/20a_departures.ipynb #b0dd6586
 @register_loss("bco", title="BCO, running mean", source="arXiv:2404.04656",

@@ -39,8 +39,8 @@ def token_counts(
 
 # %% ../nbs/09g_experts.ipynb #e09e7a10
 class RouterBalance:
-    "A term for a `PreferenceStep`: formula (9g.1) of each piece, times its coefficient."
-    name = "router_loss"
+    "A term for a `PreferenceStep`: formula (9g.1) of each piece; the step applies the coefficient."
+    name, in_eval = "aux_loss", True   # as TRL calls it; it counts in the loss of an evaluation
     def __init__(self,
         coefficient:float, # price of (9g.1), pure number
         model,             # with experts
@@ -68,7 +68,7 @@ class RouterBalance:
         "The same price for every row of the piece."
         flat = tuple(x.reshape(-1, x.shape[-1]) for x in self.logits)
         price = self.price(flat, self.experts, self.chosen, token_counts(piece))
-        return (self.coefficient * price).to(verdict.loss).expand(len(verdict.loss))
+        return price.to(verdict.loss).expand(len(verdict.loss))
 
     def __repr__(self): return f"RouterBalance({self.coefficient:g} × {self.experts} experts)"
 

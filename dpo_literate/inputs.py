@@ -6,7 +6,7 @@
 __all__ = ['ID_COLUMNS', 'BATCH_COLUMNS', 'NEVER_CALLED', 'run_date', 'as_settings', 'refuse_faults', 'is_stream', 'eyes_of',
            'prepare_rows', 'fit_rows', 'check_columns', 'RowSet', 'RowBatch', 'as_batch', 'in_columns', 'collated',
            'remade', 'through_collator', 'encode_sets', 'taken_apart', 'shared_rows', 'rows_of_a_step', 'make_policy',
-           'check_policy', 'check_adapter', 'check_ids', 'check_arguments', 'check_overrides']
+           'check_policy', 'check_adapter', 'check_ids', 'NotRows', 'check_arguments', 'check_overrides']
 
 # %% ../nbs/10b_inputs.ipynb #b1b00005
 import dataclasses, datetime, importlib, json, re
@@ -130,8 +130,7 @@ class RowSet(list):
     "Rows that can be asked by column, as a table can."
     @property
     def column_names(self)->list:
-        alone = self and self[0].label is not None
-        return ["prompt_ids", "completion_ids", "label"] if alone else list(ID_COLUMNS)
+        return self[0].keys() if self else list(ID_COLUMNS)
 
     def __getitem__(self, at):
         "A row, a part, or by name a column."
@@ -277,10 +276,14 @@ def check_adapter(model)->None:
     "Refuse an adapter on a layer that is read directly, or that merging would change."
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+    for name, made in (getattr(model, "peft_config", None) or {}).items():
+        if not made.is_prompt_learning: continue
+        raise Refusal(f"adapter {name!r} is prompt-learning ({made.peft_type.value}): its virtual "
+                      "tokens stand before a text, where a packed row has other texts: use LoRA")
     base = unwrapped(model)
     head, first = base.get_output_embeddings(), base.get_input_embeddings()
     if isinstance(head, BaseTunerLayer):
-        raise Refusal("the adapter sits on the output head, which is read directly: "
+        raise Refusal("the adapter sits on the output head (lm_head), which is read directly: "
                       "leave it out of target_modules")
     if isinstance(head, TrainableTokensWrapper):
         raise Refusal("trainable_token_indices reaches the output head, which is read "
@@ -306,12 +309,20 @@ def check_ids(rows:list, model)->None:
                       "is not this model's, or resize_token_embeddings was forgotten")
 
 # %% ../nbs/10b_inputs.ipynb #e12270aa
+class NotRows(Refusal, TypeError):
+    "Something else where rows are expected; a TypeError too, as scripts for TRL may catch it."
+
 def check_arguments(args, train_dataset)->None:
     "Arguments that cannot be meant, before any work."
     if not isinstance(args, DPOConfig):
         raise Refusal(f"args is a {type(args).__name__}: use dpo_literate.settings.DPOConfig, "
                       "which has the same names")
-    if train_dataset is None: raise Refusal("train_dataset is missing")
+    if train_dataset is None:
+        raise Refusal("`train_dataset` is required: pass a dataset, a list of rows or a path")
+    if type(train_dataset).__name__.endswith("DatasetDict"):
+        raise NotRows("`train_dataset` must be a `Dataset` or `IterableDataset`, rows or a path, "
+                      f"not all splits at once: take one of {', '.join(train_dataset)}, as in "
+                      f"train_dataset[{next(iter(train_dataset))!r}]")
     if args.n_gpu > 1:
         raise Refusal(f"{args.n_gpu} devices in one process: start with accelerate launch, "
                       "or show one device by CUDA_VISIBLE_DEVICES")

@@ -49,6 +49,13 @@ class Row:
     def __getitem__(self, name:str): # by TRL's names of columns
         return getattr(self, "chosen_ids" if name == "completion_ids" else name)
 
+    def keys(self)->list: # TRL's names of the columns that this row has
+        alone = self.label is not None
+        return ["prompt_ids", *(["completion_ids", "label"] if alone
+                                else ["chosen_ids", "rejected_ids"])]
+
+    def __contains__(self, name:str)->bool: return name in self.keys()
+
 # %% ../nbs/06_rows.ipynb #06000003
 _NUMBERS = []
 

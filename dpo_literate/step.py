@@ -142,10 +142,10 @@ class PreferenceStep:
         self.meter = self.meter or Meter(self.team)
         self.number, self.row_losses, self.whole = 0, [], None
 
-    def columns(self, model, piece)->tuple: # `ReplyLogps`, and the columns of the piece
-        "Ask the reference, then the policy."
+    def columns(self, model, piece, terms=())->tuple: # `ReplyLogps`, and columns of the piece
+        "Ask the reference, then the policy; terms see the policy's pass alone."
         with self.autocast(): ref = self.reference.logps(piece)
-        with self.autocast(): logps = self.scorer(model, piece)
+        with self.autocast(), watching(terms, model): logps = self.scorer(model, piece)
         more = self.objective.numbers.columns(logps.sums, piece.n_pairs)
         return logps, columns_of(logps, piece, ref) | more
 
@@ -238,7 +238,7 @@ def piece_share(
     model, piece,
 )->Tensor: # one number
     "What a piece adds to the sum of (10.1)."
-    with watching(step.terms, model): logps, columns = step.columns(model, piece)
+    logps, columns = step.columns(model, piece, step.terms)
     verdict = (step.whole or step.objective)(columns)
     if step.number == 0 and not step.row_losses: check_start(step, columns)
     step.row_losses.append((piece.rows, verdict.loss.detach()))
@@ -252,9 +252,10 @@ def piece_share(
 def gather_columns(
     step,         # a `PreferenceStep`
     model, pieces:list,
+    terms:tuple=(), # auxiliary losses to ask too, a column each
 )->tuple[dict,int]: # columns of all processes' pieces; where this process's begin
     "Look at many pieces before anything is learned from one."
-    parts = [step.columns(model, piece.to(step.device))[1] for piece in pieces]
+    parts = [seen_columns(step, model, piece.to(step.device), terms) for piece in pieces]
     own = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
     every = step.team.gather({k: v.cpu() for k, v in own.items()} if step.team.size > 1 else own)
     before = sum(len(e["real"]) for e in every[:step.team.rank])
@@ -266,6 +267,7 @@ def measure_rows(step, model, rows:list, size:int)->dict: # name -> mean
     with torch.no_grad(), evaluating(model), step.meter.paused():
         columns = measured_columns(step, model, rows, size)
         sums = metric_sums(step.objective(columns), columns, step.objective.per_token)
+        sums |= term_sums(step, columns, sums["loss"])
     return as_means({k: v.item() for k, v in sums.items()})
 
 def measured_columns(step, model, rows:list, size:int)->dict: # of all rows
@@ -278,17 +280,34 @@ def measured_columns(step, model, rows:list, size:int)->dict: # of all rows
         numbers.z0 = read_z0(step, model, share(strangers), rows[0])
     empty = lambda: step.layout([filler(rows[0])])
     pieces = [piece for group in share(groups) for piece in step.layout(group)] or empty()
-    columns, _ = gather_columns(step, model, step.team.same_number(pieces, empty))
+    pieces = step.team.same_number(pieces, empty)
+    columns, _ = gather_columns(step, model, pieces, evaluated(step.terms))
     numbers.z0 = kept
     return {k: v[columns["real"] > 0] for k, v in columns.items()}
 
 # %% ../nbs/10_step.ipynb #5e1a001d
 def term_sum(step, term, model, piece, logps, verdict, columns)->Tensor: # one number
-    "An auxiliary loss summed over the piece's rows, and logged under its name."
+    "An auxiliary loss over the piece's rows: logged under its name, added times its coefficient."
     value = term(model, piece, logps, verdict)
     value = torch.where(columns["real"] > 0, columns["weight"] * value, 0.).sum()
     step.meter.add({term.name: value.detach().double()})
-    return value
+    return getattr(term, "coefficient", 1.) * value
+
+def evaluated(terms)->list: # of them those that count in an evaluation's loss
+    return [term for term in terms if getattr(term, "in_eval", False)]
+
+def seen_columns(step, model, piece, terms=())->dict: # name -> (B,)
+    "Columns of a piece, and what auxiliary losses say of it; they see its shape, no verdict."
+    logps, columns = step.columns(model, piece, terms)
+    plain = Verdict(columns["real"], (), columns["real"])
+    return columns | {term.name: term(model, piece, logps, plain) for term in terms}
+
+def term_sums(step, columns:dict, loss:Tensor)->dict: # name -> sum over the rows
+    "The same terms over a set for evaluation, and the loss with them."
+    sums = {t.name: (columns["weight"] * columns[t.name]).double().sum()
+            for t in evaluated(step.terms)}
+    added = [t.coefficient * sums[t.name] for t in evaluated(step.terms)]
+    return sums | dict(loss=loss + sum(added))
 
 # %% ../nbs/10_step.ipynb #8744aac4
 def asked_of(columns:dict)->tuple: # names of the columns a loss is differentiated by

@@ -102,8 +102,8 @@ class PreferenceTrainer(TransformersPort, Trainer):
         return evaluated(self, list(dataloader.dataset), metric_key_prefix)
 
     def log(self, logs, start_time=None):
-        "Trainer's line, with the means over all pairs since the last one."
-        if "loss" in logs: logs |= self.step.meter.line()
+        "Trainer's line, with the means since the last one; the last line has the rest."
+        if "loss" in logs or "train_loss" in logs: logs |= self.step.meter.line()
         super().log(logs, start_time)
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **_):
         "Write README.md beside the model."
@@ -478,6 +478,8 @@ class DPOTrainer(PreferenceTrainer):
     def run_identity(self)->dict: return super().run_identity() | loss_identity(self.args)
     @property
     def beta(self)->float: return self.args.beta
+    @property
+    def aux_loss_enabled(self)->bool: return any(t.name == "aux_loss" for t in self.step.terms)
     @property
     def loss_types(self)->list: return self.args.loss_type
     @property

@@ -62,6 +62,15 @@ def test_two_processes_are_one(two, alone):
         assert a["layout"] == b["layout"] == one["layout"]
 
 
+def test_metrics_of_ones_own_see_every_row_in_its_order(two, tmp_path):
+    mode, folder, _ = two
+    there = [json.loads((folder / f"told.{r}.json").read_text()) for r in (0, 1)]
+    if mode == "fsdp2": assert all("this model is in shards" in said for said in there)
+    else:
+        one = two_processes.told(tmp_path)
+        assert one["rows"] == 10 and all(found == pytest.approx(one, abs=1e-9) for found in there)
+
+
 def test_all_processes_stop_at_a_bad_row(two):
     mode, folder, _ = two
     said = [json.loads((folder / f"nan.{r}.json").read_text()) for r in (0, 1)]

@@ -676,16 +676,19 @@ def test_same_seed_same_weights_and_another_order_for_another(tmp_path):
     assert a.order.seed == 0 and c.order.seed == 1
 
 
-def test_bf16_on_a_cpu_without_it_is_said(tmp_path, caplog, monkeypatch):
-    import dpo_literate.settings as t
+def test_bf16_on_a_cpu_without_it_is_said(tmp_path, caplog):
+    from dpo_literate.models import fast_bf16
     from dpo_literate.reward_model import RewardConfig
-    for able in (True, False):
-        monkeypatch.setattr(t, "fast_bf16", lambda: able)
-        for config in (DPOConfig, RewardConfig):
-            caplog.clear(); config(str(tmp_path), bf16=True, use_cpu=True, report_to=[])
-            assert ("no instructions for bfloat16" in caplog.text) == (not able)
-        caplog.clear(); DPOConfig(str(tmp_path), use_cpu=True, report_to=[])
-        assert not caplog.text
+    from dpo_literate.settings import note_bf16
+    def warned(): return "no instructions for bfloat16" in caplog.text
+    for config in (DPOConfig, RewardConfig):
+        caplog.clear(); args = config(str(tmp_path), bf16=True, use_cpu=True, report_to=[])
+        assert warned() == (not fast_bf16())
+        for able in (True, False):
+            caplog.clear(); note_bf16(args, able)
+            assert warned() == (not able)
+    caplog.clear(); note_bf16(DPOConfig(str(tmp_path), use_cpu=True, report_to=[]), False)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("settings", [dict(layout="packed"), dict(layout="padded"), dict(loss_type=["aot"]), dict(use_weighting=True), dict(loss_type=["kto"])])

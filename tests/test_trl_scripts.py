@@ -2,13 +2,14 @@
 with a remedy; each remedy is tried. Where both train the same thing, the weights agree."""
 import copy
 import logging
+import re
 
 import pytest
 import torch
 import transformers
 from datasets import Dataset, IterableDataset
-from peft import (IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, VeraConfig,
-                  get_peft_model)
+from peft import (IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PromptTuningConfig,
+                  VeraConfig, get_peft_model)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_literate import trl as ours
@@ -17,7 +18,7 @@ from dpo_literate.losses import all_losses
 from dpo_literate.models import tiny_model
 from dpo_literate.results import Refusal
 from dpo_literate.rows import tiny_tokenizer
-from dpo_literate.settings import ON_PURPOSE, REFUSED, UNNEEDED
+from dpo_literate.settings import ON_PURPOSE, REFUSED, THEIR_TESTS, UNNEEDED
 from dpo_literate.trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 TEXT = [dict(prompt=f"the {c} cat", chosen=f" sat on the {c} mat",
@@ -262,6 +263,7 @@ def a_look_at_the_rows(kit):
     rows = kit.trainer().train_dataset
     assert rows.column_names == ["prompt_ids", "chosen_ids", "rejected_ids"]
     assert rows[0]["chosen_ids"] == rows["chosen_ids"][0]
+    assert "chosen_ids" in next(iter(rows)) and "completion_ids" not in rows[0]
     assert "cat" in tokenizer().decode(rows[0]["prompt_ids"])
 
 @script
@@ -282,6 +284,35 @@ def a_card_with_tags(kit):
 def saved_and_loaded(kit):
     kit.train().save_model(str(kit.path / "saved"))
     AutoModelForCausalLM.from_pretrained(kit.path / "saved")
+
+@script
+def shorter_than_a_log_line(kit):
+    last = kit.train(logging_steps=100).state.log_history[-1]
+    assert {"train_loss", "rewards/accuracies", "num_tokens"} <= set(last)
+
+@script
+def a_stream_to_judge_by(kit):
+    "With the reference read beforehand, which TRL refuses: a stream is read first, page 10b."
+    stream = Dataset.from_list(TEXT).to_iterable_dataset()
+    t = kit.trainer(eval_dataset=dict(a=stream), precompute_ref_log_probs=True)
+    assert "eval_a_loss" in t.evaluate()
+    assert t.evaluate(eval_dataset=stream)["eval_loss"] > 0
+
+@script
+def judged_again_after_training(kit):
+    "On rows that the reference was asked for before; TRL refuses any."
+    t = kit.trainer(precompute_ref_log_probs=True)
+    before = t.evaluate(eval_dataset=Dataset.from_list(TEXT))["eval_loss"]
+    t.train()
+    assert t.evaluate(eval_dataset=Dataset.from_list(TEXT))["eval_loss"] < before
+
+@script
+def what_liger_does_not_know(kit):
+    "One's own metrics, and routers: TRL refuses them beside its kernel."
+    t = kit.train(use_liger_kernel=True, eval_dataset=Dataset.from_list(TEXT),
+                  compute_metrics=lambda given: dict(n=1))
+    assert t.evaluate()["eval_n"] == 1
+    assert "aux_loss" in said(kit.train(model=experts(), use_liger_kernel=True))
 
 @script
 def keys_of_the_log(kit):
@@ -310,8 +341,18 @@ def how_a_model_is_loaded(kit):
 
 @script
 def experts_in_balance(kit):
-    assert "router_loss" in said(kit.train(model=experts()))
-    assert "router_loss" not in said(kit.train(model=experts(), router_aux_loss_coef=0.))
+    assert "aux_loss" in said(kit.train(model=experts()))
+    plain = kit.train(model=experts(), router_aux_loss_coef=0.)
+    assert "aux_loss" not in said(plain) and not plain.aux_loss_enabled
+
+@script
+def experts_and_an_adapter(kit):
+    "The reference is the model without its adapter; its routers are not asked the price."
+    some = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    prices = [kit.train(model=experts(), peft_config=some, learning_rate=.1, seed=0, out=name,
+                        precompute_ref_log_probs=read).state.log_history[1]["aux_loss"]
+              for name, read in dict(once=True, each=False).items()]
+    assert prices[0] == pytest.approx(prices[1], abs=1e-6)
 
 @script
 def labelled_replies(kit):
@@ -398,7 +439,15 @@ REMEDIES = { # what is refused -> with what words -> what they say to do
     "a weight too many": (dict(loss_weights=[1., 2.]), "2 numbers for 1 losses",
                           dict(loss_weights=[1.])),
     "a second reference": (dict(ref_model="a name"), "load it with load_model",
-                           dict(ref_model=tiny_model().float()))}
+                           dict(ref_model=tiny_model().float())),
+    "an adapter on the head": (
+        dict(peft_config=LoraConfig(target_modules=["q_proj", "lm_head"])),
+        "leave it out of target_modules",
+        dict(peft_config=LoraConfig(target_modules=["q_proj"]))),
+    "virtual tokens": (
+        dict(peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
+        "use LoRA", dict(peft_config=LORA)),
+    "a likelihood of prompts": (dict(loss_type="orpo_full"), "use orpo,", dict(loss_type="orpo"))}
 
 
 def put(kit, given):
@@ -435,7 +484,9 @@ def test_a_command_and_the_trainer_refuse_the_same_rows(tmp_path):
 
 
 def test_differences_on_purpose_have_reasons():
-    assert len(ON_PURPOSE) > 12 and all(len(why) > 8 for why in ON_PURPOSE.values())
+    for reasons in (ON_PURPOSE, THEIR_TESTS):
+        assert len(reasons) > 10 and all(len(why) > 7 for why in reasons.values())
+    assert all(re.fullmatch(r"test_[a-z_]+(\[[\w…-]+\])?", name) for name in THEIR_TESTS)
     assert not REFUSED.keys() & UNNEEDED.keys()
 
 
@@ -457,15 +508,29 @@ THEIRS = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair
 OURS_TOO = [n for n in THEIRS if n in all_losses()]
 
 
-def weights_after_three_steps(package, path, model, lr=.1, peft_config=None, **given):
-    "Trainable weights, by name, in float32."
-    args = package.DPOConfig(str(path), **QUIET | dict(
+def thumbs():
+    "The same conversations with one reply each, good or bad."
+    for i, r in enumerate(chats()):
+        yield dict(prompt=r["prompt"], completion=r["rejected" if i % 3 else "chosen"],
+                   label=not i % 3)
+
+
+def three_steps(package, path, model, lr=.1, peft_config=None, kto=False, **given):
+    "A trainer in float32 that is about to take them, all rows at once."
+    args = (package.KTOConfig if kto else package.DPOConfig)(str(path), **QUIET | dict(
         per_device_train_batch_size=8, num_train_epochs=3, optim="sgd", learning_rate=lr,
         max_grad_norm=0., lr_scheduler_type="constant", gradient_checkpointing=False) | given)
-    t = package.DPOTrainer(
-        copy.deepcopy(model), args=args, train_dataset=Dataset.from_list(list(chats())),
+    data = Dataset.from_list(list(thumbs() if kto else chats()))
+    t = (package.KTOTrainer if kto else package.DPOTrainer)(
+        copy.deepcopy(model), args=args, train_dataset=data, eval_dataset=data,
         processing_class=tokenizer(), peft_config=copy.deepcopy(peft_config))
     t.remove_callback(transformers.PrinterCallback)
+    return t
+
+
+def weights_after_three_steps(*asked, **given):
+    "Trainable weights, by name: before, and after."
+    t = three_steps(*asked, **given)
     start = {n: p.detach().clone() for n, p in t.model.named_parameters() if p.requires_grad}
     t.train()
     return start, {n: p.detach() for n, p in t.model.named_parameters() if p.requires_grad}
@@ -488,6 +553,26 @@ def test_all_losses_of_trl_are_here(): assert OURS_TOO == list(THEIRS)
 @pytest.mark.parametrize("loss", OURS_TOO)
 def test_a_loss_walks_the_same_way(tmp_path, loss):
     agree(tmp_path, tiny_model().float(), loss_type=[loss], **WANTS.get(loss, {}))
+
+
+@pytest.mark.parametrize("given", [
+    dict(loss_type="kto"), dict(loss_type="apo_zero_unpaired"),
+    dict(loss_type="kto", desirable_weight=1.3, undesirable_weight=.7),
+    dict(loss_type="apo_zero_unpaired", desirable_weight=1.3, undesirable_weight=.7)],
+    ids=["kto", "apo zero", "kto, weighted", "apo zero, weighted"])
+def test_a_loss_of_single_replies_walks_the_same_way(tmp_path, given):
+    agree(tmp_path, tiny_model().float(), kto=True, **given)
+
+
+def test_experts_count_in_an_evaluation(tmp_path):
+    trl, found = pytest.importorskip("trl"), []
+    experts().save_pretrained(tmp_path / "model")   # TRL loads its reference by the model's name
+    for package in (ours, trl):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+        t = three_steps(package, tmp_path / package.__name__, model, per_device_eval_batch_size=8)
+        t.evaluate()
+        found.append([t.state.log_history[-1][k] for k in ("eval_loss", "eval_aux_loss")])
+    assert found[0] == pytest.approx(found[1], abs=1e-4) and found[0][0] > 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

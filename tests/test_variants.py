@@ -309,14 +309,17 @@ def test_the_trainer_refuses_the_full_orpo_by_name(tmp_path):
     from dpo_literate.rows import tiny_tokenizer
     from dpo_literate.trainer import DPOTrainer
     pairs = [dict(prompt="the cat", chosen="sat", rejected="on")] * 2
-    with pytest.raises(Refusal, match="'orpo_full' needs prompt_logps, prompt_lengths"):
-        DPOTrainer(tiny_model(), args=DPOConfig(str(tmp_path), loss_type="orpo_full"),
-                   train_dataset=pairs, processing_class=tiny_tokenizer())
+    def made(loss): # the remedy is tried
+        return DPOTrainer(tiny_model(), args=DPOConfig(str(tmp_path), loss_type=loss),
+                          train_dataset=pairs, processing_class=tiny_tokenizer())
+    with pytest.raises(Refusal, match="'orpo_full' needs prompt_logps.*use orpo,"):
+        made("orpo_full")
+    assert made("orpo").step.objective.parts[0][0].name == "orpo"
 
 
 @pytest.mark.parametrize("loss_type,weights", [
     ("kto", dict(desirable_weight=1.3, undesirable_weight=.7)),
-    ("apo_zero_unpaired", dict(desirable_weight=1., undesirable_weight=1.))])
+    ("apo_zero_unpaired", dict(desirable_weight=1.3, undesirable_weight=.7))])
 def test_kto_is_trls(loss_type, weights):
     KTOTrainer = pytest.importorskip("trl", reason="TRL is not installed").KTOTrainer
     for seed in range(5):
@@ -337,8 +340,7 @@ def test_kto_is_trls(loss_type, weights):
         theirs = KTOTrainer._compute_loss(trainer, lambda **_: out, batch, False)
         inputs = dict(policy_logps=tokens.sum(1), ref_logps=torch.cat(ref), label=label,
                       z0=kto_kl(other, other_ref))
-        own = weights if loss_type == "kto" else {}
-        agree(tokens, get_loss(loss_type)(inputs, beta=.3, **own)[0].mean(), theirs)
+        agree(tokens, get_loss(loss_type)(inputs, beta=.3, **weights)[0].mean(), theirs)
 
 
 # ------------------------------------------------------------ where TRL is not followed, and why

@@ -78,6 +78,21 @@ def poisoned(folder):
     return "went on"
 
 
+def told(folder):
+    "What `compute_metrics` is shown of five rows, two at a time: numbers that know their order."
+    def seen(given):
+        order = range(1, 1 + len(given.label_ids))
+        return dict(ids=float(sum(k * row.sum() for k, row in zip(order, given.label_ids))),
+                    logits=float(given.predictions.mean()), rows=len(order))
+    t = DPOTrainer(exact("llama"), args=config(folder / "told", per_device_eval_batch_size=2, max_steps=1, learning_rate=0.),
+                   train_dataset=plain(pairs(4)), eval_dataset=plain(pairs(5)), processing_class=TOKENIZER, compute_metrics=seen)
+    t.remove_callback(transformers.PrinterCallback)
+    t.train()
+    try: found = t.evaluate()
+    except Refusal as no: return str(no)
+    return {name: found[f"eval_{name}"] for name in ("ids", "logits", "rows")}
+
+
 def whole_weights(t): return {k: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().clone() for k, v in t.accelerator.unwrap_model(t.model).named_parameters()}
 
 
@@ -106,6 +121,7 @@ def main():
         torch.save(found, folder / f"{name}.{rank}.pt")
     for name, make in dict(full=lambda: exact("llama"), tuned=lambda: lora(exact("llama"))).items():
         torch.save(resumed(folder / name, make), folder / f"{name}.{rank}.pt")
+    (folder / f"told.{rank}.json").write_text(json.dumps(told(folder)))
     (folder / f"nan.{rank}.json").write_text(json.dumps(poisoned(folder)))
     torch.distributed.destroy_process_group()
     os._exit(0)     # everything is on disk; a thread of gloo may still abort the interpreter's way out
