@@ -254,11 +254,11 @@ def mapping_of(args)->dict|None: # of `--columns`, for `columns=`
     joined = {k: "+".join(v) if isinstance(v, list) else v for k, v in (args.columns or {}).items()}
     return columns_of([f"{k}={'' if v is None else v}" for k, v in joined.items()])
 
-def as_asked(pairs, tokenizer, args)->list:
+def as_asked(pairs, tokenizer, args): # each once
     "Text becomes a chat where the model has a template, unless --format says otherwise."
     from dpo_literate.preferences import as_chat
     chat = args.format == "chat" or args.format == "auto" and tokenizer.chat_template
-    return [as_chat(p) for p in pairs] if chat else list(pairs)
+    return map(as_chat, pairs) if chat else iter(pairs)
 
 def cutting(args)->dict: # for `encode_pairs`
     "How rows are cut, weighed and left out."
@@ -425,7 +425,7 @@ def encode_both(
     from dpo_literate.align import hold_out
     how = SimpleNamespace(**vars(args) | {k: getattr(config, k) for k in CUT})
     refuse_objections(pairs, args, tokenizer)
-    rows, counts = encoded(pairs, tokenizer, how)
+    rows, counts = encoded(pairs, tokenizer, how, config.dataset_num_proc)
     aside = []
     if held:
         refuse_objections(held, args, tokenizer, allow=("one class",))
@@ -436,12 +436,12 @@ def encode_both(
         aside = aside + more
     return rows, aside, counts
 
-def encoded(pairs, tokenizer, args)->tuple: # rows, and what became of the pairs
+def encoded(pairs, tokenizer, args, processes=None)->tuple: # rows, what became of the pairs
     "Rows of a file, at least one, as on the run's first day."
     from dpo_literate.inputs import run_date
-    from dpo_literate.rows import encode_pairs
+    from dpo_literate.many_rows import encode_rows
     asked, how = as_asked(pairs, tokenizer, args), cutting(args)
-    made, counts = encode_pairs(asked, tokenizer, date=run_date(args.out), **how)
+    made, counts = encode_rows(asked, tokenizer, processes, date=run_date(args.out), **how)
     if not made: raise Refusal(f"{pairs.source}: no rows to train on: {counts}")
     return made, counts
 

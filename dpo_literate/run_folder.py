@@ -210,6 +210,10 @@ class RunFolder:
         finally:
             if self.team.rank == 0: self.lock.release()
 
+    @property
+    def is_live(self)->bool: # always False in another process than the first
+        return self.lock.lock.is_locked
+
     def find(self,
         resume,          # None or False: start anew; True: the newest whole one; a path: that one
         saves:bool=True, # will this run write checkpoints?

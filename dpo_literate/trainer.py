@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'SHOWN', 'check_finite', 'StepGuard', 'in_pieces', 'PreferenceTrainer', 'padded_logits', 'told_metrics',
-           'in_one', 'make_reference', 'plain_scorer', 'read_table', 'reference_context', 'needed_in_turn', 'needed',
-           'epochs_of', 'probed', 'DPOTrainer', 'data_hash', 'run_card', 'sample_replies', 'show_samples',
-           'tell_tracker', 'card_facts', 'plot_log']
+           'in_one', 'make_reference', 'plain_scorer', 'read_table', 'reference_context', 'needed_in_turn',
+           'extend_table', 'needed', 'epochs_of', 'probed', 'DPOTrainer', 'data_hash', 'run_card', 'sample_replies',
+           'show_samples', 'tell_tracker', 'card_facts', 'plot_log']
 
 # %% ../nbs/10d_trainer.ipynb #7ea10005
 import contextlib, copy, hashlib, itertools, logging, math
@@ -17,9 +17,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from .card import CardFacts, Reading, model_card
 from .experts import balance_of
-from .inputs import (RowSet, as_batch, check_arguments, check_ids, check_overrides,
-    check_policy, encode_sets, eyes_of, fit_rows, in_columns, make_policy, prepare_rows,
-    rows_of_a_step, run_date, start_tolerance, through_collator, tokenizer_of, with_padding)
+from .inputs import (RowSet, StreamOrder, as_batch, check_arguments, check_ids,
+    check_overrides, check_policy, encode_sets, eyes_of, fit_rows, in_columns, is_stream,
+    make_policy, prepare_rows, rows_of_a_step, run_date, start_tolerance, through_collator,
+    tokenizer_of, with_padding)
 from .logps import unwrapped
 from .losses import get_loss
 from .models import (AdapterOff, CachedReference, FrozenReference, MovingReference,
@@ -95,7 +96,7 @@ def in_pieces(
             accelerator.backward(part, **(dict(scale_wrt_gas=False) if deepspeed else {}))
         total = total + part.detach()
     accelerator.gradient_state._set_sync_gradients(now)
-    return total
+    return total if pieces else torch.zeros((), device=trainer.args.device)
 
 # %% ../nbs/10d_trainer.ipynb #e3dd3631
 class PreferenceTrainer(TransformersPort, Trainer):
@@ -119,7 +120,7 @@ class PreferenceTrainer(TransformersPort, Trainer):
         self.counts, self.notes, self.layout_check = counts or {}, list(notes), layout_check
         self.order, extra = order_of(rows, args)
         super().__init__(model=model, args=args, data_collator=as_batch, eval_dataset=evals,
-                         train_dataset=RowSet(rows + extra), processing_class=tokenizer,
+                         train_dataset=RowSet(rows, extra), processing_class=tokenizer,
                          callbacks=callbacks, optimizers=optimizers,
                          compute_metrics=compute_metrics)
         self.model_accepts_loss_kwargs = True   # our loss is divided by N already
@@ -128,7 +129,9 @@ class PreferenceTrainer(TransformersPort, Trainer):
             NoReference(), objective, team=self.folder.team, terms=terms, device=args.device,
             autocast=self.accelerator.autocast, max_tokens=max_tokens(args),
             start_tolerance=start_tolerance)
+        if is_stream(rows): self.parts["rows"] = rows
         self.parts["step"], self.table, self.probe, self.begun = self.step, None, None, False
+        self.carded = None
         self.start_identity = model_identity(model if ref_model is None else ref_model)
         for note in self.notes: self.accelerator.print(note)
         self.add_callback(StepGuard(self))
@@ -154,17 +157,23 @@ class PreferenceTrainer(TransformersPort, Trainer):
         return self.model_wrapped if self.sharded else self.model
 
     def begin_run(self)->None:
-        "Choose the layout, make the reference, write the card; once."
-        if self.begun: return
+        "Layout and reference, once; in a folder that is the run's now, its card and table."
+        if not self.begun: self.prepare_run()
+        if not self.folder.is_live or self.carded is self.folder: return
+        self.carded = self.folder           # an evaluation alone writes nothing
+        self.folder.write_card(run_card(self))
+        if self.table: self.table.save()
+
+    def prepare_run(self)->None:
+        "Choose the layout, make the reference."
         a, step = self.args, self.step
         with step.autocast():
-            step.layout = choose_layout(self.acting_model, self.rows, a.layout, a.capacity,
+            step.layout = choose_layout(self.acting_model, self.rows[:], a.layout, a.capacity,
                                         pad_id(self), step.team, self.layout_check)
         if self.eyes: step.layout = self.eyes.layout(step.layout)
         if step.layout.why_padded: self.accelerator.print(step.layout.why_padded)
         self.begun, step.reference = True, make_reference(self)
         self.start_probe()
-        self.folder.write_card(run_card(self))
 
     def start_probe(self)->None:
         "Ask the reference a few rows, to compare with later."
@@ -178,14 +187,16 @@ class PreferenceTrainer(TransformersPort, Trainer):
     def run_identity(self)->dict:
         "What a resumed run must share with the one it goes on with."
         table = self.table and self.table.digest(self.rows)   # None: there is none, or not yet
-        return dict(data=data_hash(self.rows), layout=[self.args.layout, self.args.capacity],
+        return dict(data=data_hash(self.rows[:]), layout=[self.args.layout, self.args.capacity],
                     objective=repr(self.step.objective), terms=[t.name for t in self.step.terms],
                     reference=dict(mode=self.mode, table=table, **self.start_identity))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The micro-batches of one optimizer step, laid out, and N."
         batches = [b["rows"] for b in itertools.islice(epoch_iterator, num_batches)]
+        if not batches: return stream_ended(self), None
         micro, N = self.step.begin(self.acting_model, batches)
+        micro = [[]] * (num_batches - len(micro)) + micro   # a stream's last step is taken too
         self.state.num_input_tokens_seen = self.step.meter.seen
         return [{"pieces": pieces} for pieces in micro], N
 
@@ -209,7 +220,7 @@ class PreferenceTrainer(TransformersPort, Trainer):
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None,
                         ignore_keys=None, metric_key_prefix="eval"):
         "Loss and metrics of a set of rows."
-        rows = list(dataloader.dataset)
+        rows = dataloader.dataset[:]
         self.ensure_reference_covers(rows)
         size = self.args.per_device_eval_batch_size
         means = self.step.measure(self.acting_model, rows, size)
@@ -228,7 +239,7 @@ class PreferenceTrainer(TransformersPort, Trainer):
         if self.state.global_step and self.given_ref is None:
             raise Refusal("these rows were not there when the reference was read, and the policy "
                           "has moved since: give them to DPOTrainer as eval_dataset")
-        for groups in needed_in_turn(self, rows): self.table.extend(groups)
+        extend_table(self, rows)
 
     def log(self, logs, start_time=None):
         "Trainer's line, with the means over all pairs since the last one."
@@ -250,12 +261,22 @@ class PreferenceTrainer(TransformersPort, Trainer):
 def order_of(rows:list, args)->tuple: # `EpochOrder`, fillers
     "The order of the run, and what evens out its processes."
     together = args.per_device_train_batch_size * args.world_size
+    if is_stream(rows):
+        even = together if args.world_size > 1 else 1
+        return StreamOrder(rows, even), [filler(rows[0])] * (even - 1)
     extra = [filler(rows[0])] * (-len(rows) % together if args.world_size > 1 else 0)
     seed = args.seed if args.data_seed is None else args.data_seed
     strategy = getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)
     groups = prompt_numbers(rows) if args.layout == "shared" else None
     return EpochOrder(len(rows), seed, len(rows) + len(extra), strategy != "sequential",
                       groups), extra
+
+def stream_ended(trainer)->list: # no micro-batches
+    "The stream gives no more rows: stop, and save as at the end of any run."
+    trainer.control.should_training_stop = True
+    trainer.control.should_save = trainer.args.save_strategy == "steps"
+    log.warning(f"the stream has ended: {trainer.counts.get('train')}")
+    return []
 
 def max_tokens(args)->int|None: # of a row; None: no limit
     return min((n for n in (args.max_length, args.capacity) if n), default=None)
@@ -348,7 +369,7 @@ def read_table(trainer)->CachedReference:
         groups = needed(trainer, rows)
         if trainer.sharded and trainer.state.global_step and trainer.table.lacks(groups):
             raise Refusal(f"the run goes on, but its reference is not in {path}", 6)
-        for some in needed_in_turn(trainer, rows): trainer.table.extend(some)
+        extend_table(trainer, rows)
     return trainer.table.cached
 
 def reference_context(trainer)->dict:
@@ -370,6 +391,11 @@ def needed_in_turn(trainer, rows:list)->list: # lists of groups, in the order in
     step_rows = rows_of_a_step(a) if train else len(rows)
     epochs = epochs_of(a, math.ceil(len(rows) / step_rows)) if train else 1
     return [own, *strangers_in_groups(rows, order, size, step_rows, epochs, max_tokens(a))]
+
+def extend_table(trainer, rows)->None:
+    "Read what a set needs; a run keeps it."
+    for groups in needed_in_turn(trainer, rows): trainer.table.extend(groups)
+    if trainer.folder.is_live: trainer.table.save()
 
 def needed(trainer, rows:list)->list: # one list of groups
     return [group for groups in needed_in_turn(trainer, rows) for group in groups]
@@ -426,7 +452,7 @@ class DPOTrainer(PreferenceTrainer):
         scorer = self.eyes.scorer(extras) if self.eyes else Scorer(extras)
         if self.eyes: self.eyes.check_run(policy, args, data_collator, compute_metrics)
         super().__init__(policy, args, rows, objective, scorer, evals, tokenizer, ref_model,
-                         reference_mode(args, policy, ref_model), counts, notes,
+                         reference_mode(args, policy, ref_model, is_stream(rows)), counts, notes,
                          layout_check=self.eyes and self.eyes.check,
                          start_tolerance=start_tolerance(args),
                          terms=(*terms, *balance),
