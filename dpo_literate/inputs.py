@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['log', 'ID_COLUMNS', 'BATCH_COLUMNS', 'ENDLESS', 'LOT', 'NEVER_CALLED', 'run_date', 'as_settings', 'refuse_faults',
-           'is_stream', 'eyes_of', 'read_rows', 'prepare_rows', 'fit_rows', 'check_columns', 'check_whole', 'RowSet',
-           'RowBatch', 'as_batch', 'in_columns', 'collated', 'remade', 'through_collator', 'trains_as_it_reads',
-           'check_stream', 'StreamRows', 'rows_of_lot', 'row_print', 'StreamOrder', 'encode_sets', 'taken_apart',
-           'shared_rows', 'rows_of_a_step', 'make_policy', 'check_policy', 'check_adapter', 'check_ids',
-           'check_arguments', 'check_overrides']
+           'RowSet', 'is_stream', 'eyes_of', 'read_rows', 'prepare_rows', 'fit_rows', 'check_numbers', 'check_columns',
+           'RowBatch', 'as_batch', 'in_columns', 'collated', 'remade', 'through_collator', 'rows_of_a_step',
+           'trains_as_it_reads', 'check_stream', 'StreamRows', 'rows_of_lot', 'row_print', 'StreamOrder', 'encode_sets',
+           'taken_apart', 'shared_rows', 'make_policy', 'check_policy', 'check_adapter', 'check_ids', 'check_arguments',
+           'check_overrides']
 
 # %% ../nbs/10b_inputs.ipynb #b1b00005
 import dataclasses, datetime, functools, hashlib, importlib, itertools, json, logging, re
@@ -61,6 +61,30 @@ def refuse_faults(
     allow = ("one class", "empty prompt", *(args.allow or ()), *more)
     try: audit.refuse(allow, args.identical, args.control_text)
     except Refusal as no: raise Refusal(as_settings(str(no))) from None
+
+# %% ../nbs/10b_inputs.ipynb #57a0000b
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+class RowSet(Sequence):
+    "Rows that can be asked by column, as a table can."
+    def __init__(self,
+        rows,     # `Rows`, or a list of rows
+        extra=(), # fillers behind them
+    ): self.rows, self.extra = rows, list(extra)
+
+    @property
+    def column_names(self)->list:
+        alone = len(self) and self[0].label is not None
+        return ["prompt_ids", "completion_ids", "label"] if alone else list(ID_COLUMNS)
+
+    def __len__(self): return len(self.rows) + len(self.extra)
+
+    def __getitem__(self, at):
+        "A row, a part, or by name a column."
+        if isinstance(at, slice): return RowSet([self[k] for k in range(*at.indices(len(self)))])
+        if isinstance(at, str): return [row[at] for row in self]
+        at, n = at + len(self) * (at < 0), len(self.rows)
+        return self.rows[at] if at < n else self.extra[at - n]
 
 # %% ../nbs/10b_inputs.ipynb #d604f86d
 def is_stream(data)->bool: # a table has an end and is read whole, whatever the steps
@@ -129,7 +153,7 @@ def fit_rows(
     return split_pairs(rows) if wanted and alone == {False} else rows
 
 # %% ../nbs/10b_inputs.ipynb #748fd313
-def check_columns(rows:list, args:DPOConfig)->None:
+def check_numbers(rows:list, args:DPOConfig)->None:
     "A margin or a weight that no loss reads would be silently lost."
     losses, names = [get_loss(n) for n in args.loss_type], ", ".join(args.loss_type)
     if any(column(rows, "offset")) and not any("offset" in l.needs for l in losses):
@@ -139,8 +163,9 @@ def check_columns(rows:list, args:DPOConfig)->None:
         raise Refusal(f"loss {names} compares the pairs of a step with each other, "
                       "so none has a weight of its own: take the column out")
 
-def check_whole(rows:list, args:DPOConfig)->None:
-    "What only all rows together can show: one label, a pair longer than the capacity."
+def check_columns(rows:list, args:DPOConfig)->None:
+    "The same, and what only all rows show: one label, a pair longer than the capacity."
+    check_numbers(rows, args)
     if (first := rows[0].label) is not None and {*column(rows, "label")} == {first}:
         raise Refusal(f"all {len(rows)} replies are labelled "
                       f"{'good' if first else 'bad'}: there is nothing to tell apart")
@@ -148,29 +173,6 @@ def check_whole(rows:list, args:DPOConfig)->None:
         row_capacity(max(map(pair_length, rows)), args.capacity)
 
 # %% ../nbs/10b_inputs.ipynb #b10c7a06
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-
-class RowSet(Sequence):
-    "Rows that can be asked by column, as a table can."
-    def __init__(self,
-        rows,     # `Rows`, or a list of rows
-        extra=(), # fillers behind them
-    ): self.rows, self.extra = rows, list(extra)
-
-    @property
-    def column_names(self)->list:
-        alone = len(self) and self[0].label is not None
-        return ["prompt_ids", "completion_ids", "label"] if alone else list(ID_COLUMNS)
-
-    def __len__(self): return len(self.rows) + len(self.extra)
-
-    def __getitem__(self, at):
-        "A row, a part, or by name a column."
-        if isinstance(at, slice): return RowSet([self[k] for k in range(*at.indices(len(self)))])
-        if isinstance(at, str): return [row[at] for row in self]
-        at, n = at + len(self) * (at < 0), len(self.rows)
-        return self.rows[at] if at < n else self.extra[at - n]
-
 class RowBatch(dict):
     "Rows stay rows until they are laid out, when their layout is known."
     def __missing__(self, name:str)->Tensor: # (2B,T), padded by zeros
@@ -227,6 +229,9 @@ def through_collator(rows:list, collator)->tuple[list,list]: # rows, what is to 
     return made, [f"data_collator was asked once for each row; it changed {changed} of {len(rows)}"]
 
 # %% ../nbs/10b_inputs.ipynb #57a00003
+def rows_of_a_step(args)->int: # over all processes
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt") # rates that need no end
 
 def trains_as_it_reads(data, args)->bool:
@@ -326,7 +331,7 @@ def rows_of_lot(lot:list, stream:StreamRows)->tuple: # rows, counts
     rows, counts, said = read_rows(lot, stream.tokenizer, args, kind=kind,
                                    allow=tuple(DOUBTED) if begun else ())
     rows = fit_rows(rows, args) if rows else rows
-    if rows: check_columns(rows, args)
+    if rows: check_numbers(rows, args)
     rows, _ = through_collator(rows, stream.collator)
     if rows and stream.check: stream.check(rows)
     if not begun: stream.notes += said
@@ -372,7 +377,6 @@ def encode_sets(
     else:
         rows = encode(train, "train", limit)
         check_columns(rows, args)
-        check_whole(rows, args)
     if evals is None: return rows, None, counts, notes
     sets = evals if isinstance(evals, dict) else {"": evals}
     made = {name: encode(data, f"eval {name}".strip()) for name, data in sets.items()}
@@ -390,9 +394,6 @@ def shared_rows(train:list, held:list, name:str="")->str|None:
     if not both: return None
     return (f"eval {name}".strip() + f": {len(both)} of {len(held)} rows are in the training set; "
             "what is measured on them is no held-out figure")
-
-def rows_of_a_step(args)->int: # over all processes
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 # %% ../nbs/10b_inputs.ipynb #efc7e97e
 def make_policy(
