@@ -23,7 +23,7 @@ from .layouts import columns_of
 from .reading import read_preferences, read_prompts
 from .results import (Refusal, bootstrap_interval, device_name, to_json, versions,
                                   write_atomic)
-from .rows import Row, encode_pairs
+from .rows import Row, encode_pairs, prompt_key, take
 from .runs import (Stages, claim, digest, frontier, only_one, plot_frontier,
                                plot_rewards, plot_training, progress, report_html, report_md,
                                report_rows, side_by_side)
@@ -507,15 +507,13 @@ def hold_out(
 )->tuple[list,list]: # the others, and those held out
     "Hold out whole prompts, until n rows are aside."
     groups = {}
-    for row in rows:                                          # and of pictures what is seen
-        asked = (*row.prompt_ids, getattr(row, "seen", ""))
-        groups.setdefault(asked, []).append(row)
+    for k, row in enumerate(rows): groups.setdefault(prompt_key(row), []).append(k)
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
     held, rest, groups = [], [], list(groups.values())
     for g in order: (held if len(held) < n else rest).extend(groups[g])
     if not rest:
         raise Refusal(f"{len(rows)} pairs of {len(groups)} prompts: too few to hold out {n}")
-    return rest, held
+    return take(rows, rest), take(rows, held)
 
 # %% ../nbs/11_align.ipynb #f61b92e5
 def measure_state(

@@ -7,7 +7,7 @@ __all__ = ['FLOOR', 'TIMES', 'lay_out', 'sees', 'pair_length', 'bins', 'row_capa
            'packed_reply_logps', 'unpacked_logps', 'nudged', 'rms', 'packing_error', 'self_check']
 
 # %% ../nbs/08_packing.ipynb #1e0930c4
-import contextlib
+import contextlib, itertools
 import torch
 from torch import Tensor
 from .attention import pair_spans
@@ -191,9 +191,12 @@ def self_check(
     lay=lay_out, # what lays them out
 )->str|None:     # None: pack. A sentence: why not; use padded rows
     "Ask whether packing changes this model's log-probabilities."
-    long = max(rows, key=_text_length)
-    beside = [r for r in rows if r is not long and r.prompt_ids == long.prompt_ids][:2]
-    others = beside or [r for r in rows if r is not long][:2]
+    lengths = list(map(_text_length, rows))
+    k = lengths.index(max(lengths))
+    long = rows[k]
+    others = (r for i, r in enumerate(rows) if i != k and r is not long)
+    beside = itertools.islice((r for r in others if r.prompt_ids == long.prompt_ids), 2)
+    others = list(beside) or [r for i, r in enumerate(rows[:3]) if i != k and r is not long][:2]
     try: error, noise = packing_error(model, others[:1] + [long] + others[1:], lay)
     except (Refusal, RuntimeError, TypeError, ValueError) as why:
         return f"padded rows: packing is refused ({why})"

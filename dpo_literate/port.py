@@ -199,8 +199,12 @@ def checkpoint_bytes(trainer, rng:list, parts:dict, lines:int=0)->int:
             + tokenizer_bytes(tokenizer) + LINE * lines)
 
 LOOSE, LINE = 16_384, 1_500   # bytes: small files together; one line of the log
+UNKNOWN_END = 2**50           # rows of a stream, of which nobody knows how many there are
 
-def lines_to_come(args, state)->int: # of the log, in a whole run
+def is_endless(state)->bool: return state.max_steps > 2**30
+
+def lines_to_come(args, state)->int: # of the log, in a whole run; 0: nobody knows
+    if is_endless(state): return 0
     every = args.logging_steps if args.logging_strategy == "steps" else state.max_steps
     return math.ceil(state.max_steps / max(1, every)) + math.ceil(state.num_train_epochs)
 
@@ -244,8 +248,9 @@ class RunCallback(TrainerCallback):
         self.trainer.folder.log({"step": state.global_step, **(logs or {})})
 
 def peak_checkpoints(args, state)->int:
-    "How many checkpoints lie on the disk at once, at most."
+    "How many checkpoints lie on the disk at once, at most; of a run without an end, two."
     if args.save_strategy == "no": return 0
+    if is_endless(state): return args.save_total_limit + 1 if args.save_total_limit else 2
     every = {"steps": lambda: math.ceil(state.max_steps / state.save_steps) + 1,
              "epoch": lambda: math.ceil(state.num_train_epochs)}
     saves = every.get(getattr(args.save_strategy, "value", args.save_strategy), lambda: 2)()

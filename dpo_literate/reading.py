@@ -17,6 +17,7 @@ from .preferences import (
     COLUMNS, OPTIONAL, SINGLE, Preferences, _hash_of, _sha, as_chat, canonical,
     canonical_reply, inert, is_filled, is_single, parse_json, text_of, texts_of)
 from .results import Refusal
+from .spool import Records
 
 # %% ../nbs/05b_reading.ipynb #8a4943de
 HEADS = {b"version https://git-lfs": "a Git LFS note in place of the file: git lfs pull",
@@ -550,7 +551,7 @@ def rows_of_file(source, columns, known, make):
 # %% ../nbs/05b_reading.ipynb #93eaaaa3
 def _read(rows, columns, kind, images, did):
     "Every row in canonical form; also the names of columns that nothing reads."
-    pairs, left, bad, first, rows = [], {}, [], None, iter(rows)
+    pairs, left, bad, first, rows = Records(), {}, [], None, iter(rows)
     while len(bad) < MOST_REFUSED:
         where = None
         try:
@@ -564,7 +565,7 @@ def _read(rows, columns, kind, images, did):
         except RecursionError: bad.append((where, f"{where}: nested too deep for a row"))
         except Refusal as no: bad.append((where or str(no)[:80], no))
     if bad: _refuse_rows(bad)
-    return pairs, list(left)
+    return pairs.settled(), list(left)
 
 # %% ../nbs/05b_reading.ipynb #6f40e1b8
 def _behind(reply, prompt):
@@ -598,13 +599,13 @@ def take_off(
     did:Counter,
 )->list:       # the same, replies without their prompt in front
     "Take the prompt off the replies that repeat it, or refuse where one of two does."
-    found = [_repeated(row) for row in rows]
-    if not any(v is not None for f in found for v in f.values()): return rows
-    full = [bool(f) and None not in f.values() for f in found]
-    out = []
-    for row, rest, both in zip(rows, found, full):
+    if not any(v is not None for row in rows for v in _repeated(row).values()): return rows
+    full = [bool(f) and None not in f.values() for f in map(_repeated, rows)]
+    out, every = Records(), all(full)
+    for row, both in zip(rows, full):
+        rest = _repeated(row)
         alone = isinstance(row["prompt"], str) and _is_long(row["prompt"])
-        counts = all(full) or len(rest) == 2 and alone
+        counts = every or len(rest) == 2 and alone
         if counts and not both and any(v and v.strip() for v in rest.values()):
             raise Refusal(
                 f"{row['_where']}: one reply begins with the prompt, the other does not; "
@@ -613,7 +614,7 @@ def take_off(
         did["prompt taken off"] += taken
         new = {k: _saying(row[k], v) for k, v in rest.items()} if taken else {}
         out.append({**row, **new})
-    return out
+    return out.settled()
 
 # %% ../nbs/05b_reading.ipynb #a8e29c2e
 _TAGS = r"\s*(<[^>\n]{1,30}>\s*)"
@@ -657,8 +658,11 @@ STEER = dict(weight="multiplies the loss of its row", margin="is asked of its pa
 
 def _steering(rows):
     "Columns that change what is learned, with their range."
+    there = {name: [] for name in STEER}
+    for row in rows:
+        for name in there.keys() & row.keys(): there[name].append(row[name])
     for name, does in STEER.items():
-        values = [row[name] for row in rows if name in row]
+        values = there[name]
         if not values: continue
         numbers = isinstance(values[0], float)
         size = f" ({min(values):g} to {max(values):g})" if numbers else ""

@@ -220,6 +220,10 @@ class RunFolder:
         finally:
             if self.team.rank == 0: self.lock.release()
 
+    @property
+    def is_live(self)->bool: # always False in another process than the first
+        return self.lock.lock.is_locked
+
     def find(self, resume, saves:bool=True)->Path|None:
         "Where the run begins, see `find_checkpoint`."
         return self.team.on_main(lambda: find_checkpoint(self.path, resume, saves))

@@ -50,7 +50,7 @@ class PreferenceConfig(TrainingArguments):
     score_tail:bool = setting(False, "score template text after the end token")
     disable_dropout:bool = setting(True, "dropout off in policy and reference")
     pad_token:str|None = setting(None, "the tokenizer's padding token; None: its own")
-    dataset_num_proc:int|None = setting(None, "not needed: rows are encoded in one pass")
+    dataset_num_proc:int|None = setting(None, "processes that encode rows; None: one")
     pad_to_multiple_of:int|str|None = setting("auto", "not needed: packed rows have no padding")
     activation_offloading:bool = setting(False, "not needed: rows run one at a time")
     logging_nan_inf_filter:bool = setting(
@@ -170,7 +170,6 @@ def objective_of(
 
 # %% ../nbs/10a_settings.ipynb #5e77001a
 UNNEEDED = dict( # field -> what it is set back to, and why
-    dataset_num_proc=(None, "rows are encoded in one pass"),
     pad_to_multiple_of=("auto", "packed rows have no padding"),
     precompute_ref_batch_size=(None, "the reference reads the pieces of training"),
     activation_offloading=(False, "rows run one at a time; gradient_checkpointing saves more"),

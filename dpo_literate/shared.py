@@ -9,6 +9,7 @@ __all__ = ['PromptGroup', 'group_rows', 'new_replies', 'lay_out_groups', 'pack_g
 from dataclasses import dataclass, field
 import torch
 from .logps import Batch
+from .rows import prompt_key
 from .packing import bins, pair_length, row_capacity, self_check
 
 # %% ../nbs/08a_shared.ipynb #5a08a012
@@ -119,5 +120,5 @@ def prompt_numbers(
 )->list[list]: # row numbers, a list a prompt
     "Which rows share a prompt."
     found = {}
-    for k, row in enumerate(rows): found.setdefault(tuple(row.prompt_ids), []).append(k)
+    for k, row in enumerate(rows): found.setdefault(prompt_key(row), []).append(k)
     return list(found.values())

@@ -40,13 +40,13 @@ class EpochOrder(torch.utils.data.Sampler):
         groups:list|None=None,# row numbers that stay together, a list a group
     ):
         self.n, self.seed, self.total, self.shuffle = n, seed, total or n, shuffle
-        self.groups, self.epoch = groups or [[k] for k in range(n)], 0
+        self.groups, self.epoch = groups, 0
 
     def indices(self, epoch:int)->list:
         "Groups in the order of the epoch, the rows of a group as they stand."
-        m = len(self.groups)
+        m = len(self.groups) if self.groups else self.n
         order = epoch_order(m, self.seed, epoch) if self.shuffle else range(m)
-        return [k for j in order for k in self.groups[j]]
+        return [k for j in order for k in self.groups[j]] if self.groups else list(order)
 
     def __len__(self): return self.total
     def __iter__(self): return iter(self.indices(self.epoch) + list(range(self.n, self.total)))

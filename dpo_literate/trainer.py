@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'PreferenceTrainer', 'step_of', 'introduce', 'in_pieces', 'check_finite', 'StepGuard', 'ReferenceKeeper',
            'make_reference', 'plain_scorer', 'evaluation_sets', 'resting_model', 'open_table', 'read_set',
-           'reference_context', 'needed_in_turn', 'needed', 'epochs_of', 'probed', 'data_hash', 'identity_of',
-           'run_card', 'evaluated', 'sets_of', 'DPOTrainer']
+           'reference_context', 'needed_in_turn', 'extend_table', 'needed', 'epochs_of', 'probed', 'data_hash',
+           'identity_of', 'run_card', 'evaluated', 'sets_of', 'DPOTrainer']
 
 # %% ../nbs/10d_trainer.ipynb #7ea10005
 import contextlib, copy, hashlib, itertools, logging, math
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from .experts import balance_of
-from .inputs import (RowSet, as_batch, check_arguments, check_ids, check_overrides,
-    check_policy, encode_sets, eyes_of, fit_rows, make_policy, prepare_rows, rows_of_a_step,
-    run_date, start_tolerance, through_collator, tokenizer_of, with_padding)
+from dpo_literate.inputs import (RowSet, StreamOrder, as_batch, check_arguments, check_ids,
+    check_overrides, check_policy, encode_sets, eyes_of, fit_rows, is_stream, make_policy,
+    prepare_rows, rows_of_a_step, run_date, start_tolerance, through_collator, tokenizer_of,
+    with_padding)
 from .logps import unwrapped
 from .losses import get_loss
 from .models import (AdapterOff, CachedReference, FrozenReference, MovingReference,
@@ -57,13 +58,14 @@ class PreferenceTrainer(TransformersPort, Trainer):
         check_overrides(type(self), PreferenceTrainer)
         self.order, extra = order_of(rows, args)
         super().__init__(model=model, args=args, data_collator=as_batch, eval_dataset=evals,
-                         train_dataset=RowSet(rows + extra), processing_class=tokenizer, **given)
+                         train_dataset=RowSet(rows, extra), processing_class=tokenizer, **given)
         self.model_accepts_loss_kwargs = True   # our loss is divided by N already
         self.rows, self.mode, self.counts, self.notes = rows, mode, counts or {}, list(notes)
-        self.layout_check, self.begun = layout_check, False
+        self.layout_check, self.begun, self.carded = layout_check, False, None
         self.keeper = ReferenceKeeper(self, ref_model)
         self.ref_model = resting_model(self, ref_model)
         self.step = self.parts["step"] = step_of(self, objective, scorer, terms, start_tolerance)
+        if is_stream(rows): self.parts["rows"] = rows
         introduce(self)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -76,9 +78,10 @@ class PreferenceTrainer(TransformersPort, Trainer):
         return self.model_wrapped if self.sharded else self.model
 
     def begin_run(self)->None:
-        "Choose the layout, make the reference, write the card; once."
+        "Layout and reference, once; in a folder that is the run's now, its card and table."
         if not self.begun: open_run(self)
         self.begun = True
+        if self.folder.is_live and self.carded != self.folder.path: note_run(self)
     def before_save(self)->None: self.keeper.check()
     def run_identity(self)->dict: return identity_of(self)
     def row_order(self): return self.order
@@ -86,7 +89,7 @@ class PreferenceTrainer(TransformersPort, Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The micro-batches of one optimizer step, laid out, and N."
-        return laid_out(self, itertools.islice(epoch_iterator, num_batches))
+        return laid_out(self, epoch_iterator, num_batches)
     def training_step(self, model, inputs, num_items_in_batch=None):
         "Forward and backward of one micro-batch."
         return in_pieces(self, learning(self, model), inputs["pieces"], num_items_in_batch)
@@ -99,7 +102,7 @@ class PreferenceTrainer(TransformersPort, Trainer):
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None,
                         ignore_keys=None, metric_key_prefix="eval"):
         "Loss and metrics of a set of rows."
-        return evaluated(self, list(dataloader.dataset), metric_key_prefix)
+        return evaluated(self, dataloader.dataset[:], metric_key_prefix)
 
     def log(self, logs, start_time=None):
         "Trainer's line, with the means since the last one; the last line has the rest."
@@ -133,12 +136,22 @@ def introduce(trainer)->None:
 def order_of(rows:list, args)->tuple: # `EpochOrder`, fillers
     "The order of the run, and what evens out its processes."
     together = args.per_device_train_batch_size * args.world_size
+    if is_stream(rows):
+        even = together if args.world_size > 1 else 1
+        return StreamOrder(rows, even), [filler(rows[0])] * (even - 1)
     extra = [filler(rows[0])] * (-len(rows) % together if args.world_size > 1 else 0)
     seed = args.seed if args.data_seed is None else args.data_seed
     strategy = getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)
     groups = prompt_numbers(rows) if args.layout == "shared" else None
     return EpochOrder(len(rows), seed, len(rows) + len(extra), strategy != "sequential",
                       groups), extra
+
+def stream_ended(trainer)->list: # no micro-batches
+    "The stream gives no more rows: stop, and save as at the end of any run."
+    trainer.control.should_training_stop = True
+    trainer.control.should_save = trainer.args.save_strategy == "steps"
+    log.warning(f"the stream has ended: {trainer.counts.get('train')}")
+    return []
 
 def max_tokens(args)->int|None: # of a row; None: no limit
     return min((n for n in (args.max_length, args.capacity) if n), default=None)
@@ -154,18 +167,26 @@ def open_run(trainer)->None:
     step.layout = eyes.layout(layout) if eyes else layout
     if step.layout.why_padded: trainer.accelerator.print(step.layout.why_padded)
     trainer.keeper.make()
+
+def note_run(trainer)->None:
+    "Card and table, in a folder that is the run's: an evaluation alone writes nothing."
+    trainer.carded = trainer.folder.path
     trainer.folder.write_card(run_card(trainer))
+    if trainer.keeper.table: trainer.keeper.table.save()
 
 def run_layout(trainer)->Layout:
     "Packed, shared or padded: what the settings ask for, where the model allows it."
     args, step = trainer.args, trainer.step
     with step.autocast():
-        return choose_layout(trainer.acting_model, trainer.rows, args.layout, args.capacity,
+        return choose_layout(trainer.acting_model, trainer.rows[:], args.layout, args.capacity,
                              pad_id(trainer), step.team, trainer.layout_check)
 
-def laid_out(trainer, epoch_iterator)->tuple: # micro-batches as {"pieces": …}; N
+def laid_out(trainer, epoch_iterator, n:int)->tuple: # n micro-batches as {"pieces": …}; N
     "What `Trainer` calls the batch samples of one optimizer step."
-    micro, N = trainer.step.begin(trainer.acting_model, [b["rows"] for b in epoch_iterator])
+    batches = [b["rows"] for b in itertools.islice(epoch_iterator, n)]
+    if not batches: return stream_ended(trainer), None
+    micro, N = trainer.step.begin(trainer.acting_model, batches)
+    micro = [[]] * (n - len(micro)) + micro   # a stream's last step is taken too
     trainer.state.num_input_tokens_seen = trainer.step.meter.reading.seen
     return [{"pieces": pieces} for pieces in micro], N
 
@@ -194,7 +215,7 @@ def in_pieces(
             accelerator.backward(part * undo, **(dict(scale_wrt_gas=False) if deepspeed else {}))
         total = total + part.detach()
     accelerator.gradient_state._set_sync_gradients(now)
-    return total
+    return total if pieces else torch.zeros((), device=trainer.args.device)
 
 # %% ../nbs/10d_trainer.ipynb #69782b02
 def check_finite(trainer, model)->None:
@@ -272,7 +293,7 @@ class ReferenceKeeper:
         if self.trainer.state.global_step and self.trainer.ref_model is None:
             raise Refusal("these rows were not there when the reference was read, and the policy "
                           "has moved since: give them to DPOTrainer as eval_dataset")
-        for groups in needed_in_turn(self.trainer, rows): self.table.extend(groups)
+        extend_table(self.trainer, self.table, rows)
 
     def identity(self)->dict:
         "What a resumed run must find again."
@@ -326,7 +347,7 @@ def read_set(trainer, table:ReferenceTable, rows:list)->None:
     started = trainer.sharded and trainer.state.global_step
     if started and table.lacks(needed(trainer, rows)):
         raise Refusal(f"the run goes on, but its reference is not in {table.path}", 6)
-    for groups in needed_in_turn(trainer, rows): table.extend(groups)
+    extend_table(trainer, table, rows)
 
 def reference_context(trainer)->dict:
     "Everything the reference's numbers depend on besides the rows."
@@ -347,6 +368,11 @@ def needed_in_turn(trainer, rows:list)->list: # lists of groups, in the order in
     step_rows = rows_of_a_step(a) if train else len(rows)
     epochs = epochs_of(a, math.ceil(len(rows) / step_rows)) if train else 1
     return [own, *strangers_in_groups(rows, order, size, step_rows, epochs, max_tokens(a))]
+
+def extend_table(trainer, table:ReferenceTable, rows)->None:
+    "Read what a set needs; a run keeps it."
+    for groups in needed_in_turn(trainer, rows): table.extend(groups)
+    if trainer.folder.is_live: table.save()
 
 def needed(trainer, rows:list)->list: # one list of groups
     return [group for groups in needed_in_turn(trainer, rows) for group in groups]
@@ -379,7 +405,7 @@ def data_hash(
 def identity_of(trainer)->dict:
     "What a resumed run must share with the one it goes on with."
     args, step = trainer.args, trainer.step
-    return dict(data=data_hash(trainer.rows), layout=[args.layout, args.capacity],
+    return dict(data=data_hash(trainer.rows[:]), layout=[args.layout, args.capacity],
                 objective=repr(step.objective), terms=[t.name for t in step.terms],
                 reference=trainer.keeper.identity())
 
@@ -465,8 +491,9 @@ class DPOTrainer(PreferenceTrainer):
         if self.eyes: self.eyes.check_run(policy, args, data_collator, compute_metrics)
         objective = objective_of(args)
         super().__init__(policy, args, rows, objective, scorer_of(objective, args, self.eyes),
-                         evals, tokenizer, ref_model, reference_mode(args, policy, ref_model),
-                         counts, notes, self.eyes and self.eyes.check, start_tolerance(args),
+                         evals, tokenizer, ref_model,
+                         reference_mode(args, policy, ref_model, is_stream(rows)), counts, notes,
+                         self.eyes and self.eyes.check, start_tolerance(args),
                          (*terms, *balance_of(policy, args.router_aux_loss_coef, args.layout)),
                          compute_metrics=compute_metrics, callbacks=callbacks,
                          optimizers=optimizers)

@@ -47,11 +47,11 @@ def may_see(model:str)->bool:
         else model != "bundled"
 
 # %% ../nbs/51a_training.ipynb #02acbf0d
-def as_asked(pairs, tokenizer, args)->list:
+def as_asked(pairs, tokenizer, args): # each once
     "Text becomes a chat where the model has a template, unless --format says otherwise."
     from dpo_literate.preferences import as_chat
     chat = args.format == "chat" or args.format == "auto" and tokenizer.chat_template
-    return [as_chat(p) for p in pairs] if chat else list(pairs)
+    return map(as_chat, pairs) if chat else iter(pairs)
 
 def cutting(args)->dict: # for `encode_pairs`
     "How rows are cut, weighed and left out."
@@ -232,7 +232,7 @@ def encode_both(
     from dpo_literate.align import hold_out
     how = SimpleNamespace(**vars(args) | {k: getattr(config, k) for k in CUT})
     refuse_objections(pairs, args, text_side(tokenizer))
-    rows, counts = encoded(pairs, tokenizer, how)
+    rows, counts = encoded(pairs, tokenizer, how, config.dataset_num_proc)
     aside = []
     if held:
         refuse_objections(held, args, text_side(tokenizer), allow=("one class",))
@@ -244,14 +244,14 @@ def encode_both(
     return rows, aside, counts
 
 # %% ../nbs/51a_training.ipynb #867d9a1b
-def encoded(pairs, tokenizer, args)->tuple: # rows, and what became of the pairs
+def encoded(pairs, tokenizer, args, processes=None)->tuple: # rows, what became of the pairs
     "Rows of a file, at least one, as on the run's first day."
     from dpo_literate.inputs import eyes_of, run_date
-    from dpo_literate.rows import encode_pairs
+    from dpo_literate.many_rows import encode_rows
     date = run_date(args.out)
     if eyes := eyes_of(tokenizer): made, counts = encoded_pictures(pairs, eyes, args, date)
-    else: made, counts = encode_pairs(as_asked(pairs, tokenizer, args), tokenizer, date=date,
-                                      **cutting(args))
+    else: made, counts = encode_rows(as_asked(pairs, tokenizer, args), tokenizer, processes,
+                                     date=date, **cutting(args))
     if not made: raise Refusal(f"{pairs.source}: no rows to train on: {counts}")
     return made, counts
 

@@ -121,13 +121,24 @@ def test_neither_does_the_trainer(base, pairs, strangers):
     for resume in (None, True):
         with pytest.raises(Refusal, match="no run to go on with"):
             trainer(strangers, base, pairs).train(resume_from_checkpoint=resume)
-    t = trainer(strangers, base, pairs)
-    with pytest.raises(Refusal, match="no run to go on with"): t.evaluate(t.rows)
     with pytest.raises(Refusal, match="save to another folder"):
         ck.export(models.load_model(base), strangers)
     left = everything(strangers)
     assert {k: v for k, v in left.items() if k in before} == before
     assert not any((strangers / name).exists() for name in ("log.jsonl", "run_card.json"))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_an_evaluation_alone_writes_nothing(cached, base, pairs, strangers, tmp_path):
+    "Neither into a stranger's folder nor into a run's to be; a run then finds what it read."
+    before = everything(strangers)
+    for out in (strangers, tmp_path / "new"):
+        t = trainer(out, base, pairs, precompute_ref_log_probs=cached)
+        assert t.evaluate(t.rows)["eval_loss"] > 0
+    assert everything(strangers) == before and not any((tmp_path / "new").iterdir())
+    t.train()
+    kept = list((tmp_path / "new" / "reference").glob("*.safetensors"))
+    assert (tmp_path / "new" / "run_card.json").is_file() and len(kept) == cached
 
 
 def test_any_folder_without_a_run_is_no_place_to_go_on(base, pairs, tmp_path):

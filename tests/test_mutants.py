@@ -234,7 +234,7 @@ BLIND = [
     Mutant("the system text in a user's turn", "rows", "prompt = [{\"role\": \"system\", \"content\": system}, *prompt]", "prompt = [{\"role\": \"user\", \"content\": system}, *prompt]", "test_rows.py test_templates.py"),
     Mutant("z₀ with a gradient", "departures", "(policy_logps - ref_logps).detach().mean()", "(policy_logps - ref_logps).mean()", "test_variants.py test_unpaired.py"),
     Mutant("Granite's scale the wrong way", "logps", "scale=scale / (getattr(config, \"logits_scaling\", None) or 1.)", "scale=scale * (getattr(config, \"logits_scaling\", None) or 1.)", "test_logps.py test_survivors.py"),
-    Mutant("a held-out prompt trained on", "align", "groups.setdefault(asked, [])", "groups.setdefault(id(row), [])", "test_align.py::test_hold_out_keeps_prompts_whole"),
+    Mutant("a held-out prompt trained on", "align", "groups.setdefault(prompt_key(row), [])", "groups.setdefault(k, [])", "test_align.py::test_hold_out_keeps_prompts_whole"),
 ]
 
 def tree(folder, mutant=None):

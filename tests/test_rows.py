@@ -1,12 +1,17 @@
 "Rows: borders, end tokens, truncation, and 10,000 strings that try to become control tokens."
-import itertools, json, random, time
+import copy, itertools, json, os, random, time, tracemalloc
+from dataclasses import replace
 from pathlib import Path
 import pytest
+import dpo_literate.many_rows as many_rows_
+from dpo_literate import spool
+from dpo_literate.many_rows import encode_rows
 from dpo_literate.reading import load_preferences
 from dpo_literate.results import Refusal, data_dir
 from dpo_literate.rows import (
-    TEMPLATES, VERDICTS, Row, control_ids, encode_pair, encode_pairs, encode_prompt, encode_text,
-    fit, length_weights, plain_bos, render, segments, split_pairs, tiny_tokenizer)
+    TEMPLATES, VERDICTS, Row, Rows, column, control_ids, encode_pair, encode_pairs, encode_prompt,
+    encode_text, fit, largest_id, length_weights, plain_bos, render, segments, split_pairs,
+    tiny_tokenizer)
 
 def U(c): return {"role": "user", "content": c}
 def A(c): return {"role": "assistant", "content": c}
@@ -157,12 +162,90 @@ def test_a_filler_is_marked_by_type_and_not_by_its_name():
     assert Row([1], [2], [3], filler=True).key == row.key
     assert all(r.filler for r in split_pairs([Row([1], [2], [3], filler=True)]))
 
-def test_rows_share_their_numbers():
-    "Memory: 8 bytes a token and not 36."
-    tok = tiny_tokenizer(vocab_size=400)
-    a, b = (encode_pair(chat("the answer is"), tok) for _ in range(2))
-    high = [(x, y) for x, y in zip(a.prompt_ids, b.prompt_ids) if x > 256]
-    assert len(high) > 2 and all(x is y for x, y in high)
+def many_rows(n=300):
+    rng = random.Random(0)
+    ids = lambda k: [rng.randrange(2**17) for _ in range(k)]
+    for k in range(n):
+        weights = [1., .5] if k % 3 == 0 else None
+        label, second = (bool(k % 2), []) if k % 5 == 0 else (None, ids(rng.randrange(1, 90)))
+        yield Row(ids(rng.randrange(1, 90)), ids(rng.randrange(1, 90)), second, f"é{k}", k / 7,
+                  -k / 3, weights, None, label)
+
+@pytest.mark.parametrize("memory", [0, 5_000, 2**26])
+def test_rows_come_back_as_they_went_in(memory):
+    "In memory or on the disk, alone, in parts, copied; their keys too, which are not made again."
+    want = list(many_rows())
+    rows = Rows(want, memory=memory)
+    assert (rows.store.packed.file is None) == (memory > 10**6)
+    for some, same in ((rows, want), (rows[10:200:7], want[10:200:7]), (rows[::-1], want[::-1]),
+                       (rows.take([5, 5, 299])[1:], [want[5], want[299]]),
+                       (copy.deepcopy(rows), want)):       # as it goes to another process
+        assert some == same and [vars(r)["key"] for r in some] == [r.key for r in same]
+        for name in ("weight", "offset", "label"):
+            assert column(some, name) == [getattr(r, name) for r in same]
+        assert largest_id(some) == largest_id(same)
+    assert rows[-1] == want[-1] and rows[:] is not rows and rows != want[:-1]
+    for k in (300, -301):
+        with pytest.raises(IndexError): rows[k]
+
+def test_rows_hold_ids_and_nothing_else():
+    class Seen(Row): "a row with a picture"
+    for row in (Seen([1], [2], [3]), replace(Row([1], [2], [3]), filler=True)):
+        with pytest.raises(TypeError, match="more than ids"): Rows([row])
+
+def held(make):
+    tracemalloc.start()
+    kept = make()
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return size, kept
+
+@pytest.mark.parametrize("tokens", [200, 1000])
+def test_a_row_on_the_disk_costs_memory_for_its_place_and_key_only(tokens):
+    "57 bytes, and the slack of lists that grow, however long the row; 4 a token before that."
+    ids = list(range(10**5, 10**5 + tokens // 2))
+    rows = [Row(ids, ids[:-k], ids[k:], f"r{k}") for k in range(1, 41)] * 50
+    on_disk, kept = held(lambda: Rows(rows, memory=0))
+    in_memory, kept = held(lambda: Rows(rows))
+    assert on_disk / len(kept) < 57 * 1.3 and in_memory / len(kept) < 1.3 * (8 * tokens + 150)
+
+def test_a_long_file_is_read_without_holding_its_pairs(tmp_path, monkeypatch):
+    "The list of dicts was most of what a long file took."
+    monkeypatch.setattr(spool.Records.__init__, "__defaults__", (100, 2**16))
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(chat(f"why {i}?", "yes " * 100, "no " * 100))
+                              for i in range(2000)))
+    size, prefs = held(lambda: load_preferences(path))
+    assert len(prefs) == 2000 and size < path.stat().st_size / 4
+    assert prefs[1999]["prompt"] == [U("why 1999?")] and prefs[-1]["_where"].endswith(":2000")
+    few = load_preferences([chat("why 0?", "yes " * 100, "no " * 100)])
+    assert {**prefs[0], "_where": ""} == {**few[0], "_where": ""}
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_give_the_same_rows_counts_and_refusals(processes):
+    tok = tiny_tokenizer()
+    pairs = [chat(f"why {i}?", "yes " * (i % 9 + 1), "no") for i in range(1300)]
+    pairs[3], pairs[1200] = chat("a", "b", "b"), chat("a", " ", "b")
+    how = dict(max_length=40, truncation="keep_start", identical="drop", ld_alpha=.5)
+    alone, counts = encode_pairs(pairs, tok, **how)
+    rows, counted = encode_rows(pairs, tok, processes, **how)
+    assert rows == alone and counted == counts and counted.rows_out < counted.rows_in == 1300
+    assert [r.key for r in rows] == [r.key for r in alone]
+    for how in (dict(), dict(max_length=20, identical="drop")):
+        with pytest.raises(Refusal) as one: encode_pairs(pairs, tok, **how)
+        with pytest.raises(Refusal) as several: encode_rows(pairs, tok, processes, **how)
+        assert str(one.value) == str(several.value)
+
+def test_a_worker_that_dies_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(many_rows_, "_judged", lambda *_: os._exit(1))
+    with pytest.raises(Refusal, match="lower dataset_num_proc"):
+        encode_rows([chat(f"why {i}?") for i in range(1300)], tiny_tokenizer(), 2)
+
+def test_no_room_for_a_long_list_is_a_sentence(monkeypatch):
+    def full(**_): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", full)
+    with pytest.raises(Refusal, match="set TMPDIR") as no: Rows(many_rows(), memory=0)
+    assert no.value.code == 4
 
 def controls(tok, ids): return {i: ids.count(i) for i in control_ids(tok)}
 

@@ -178,7 +178,7 @@ def test_the_table_is_that_of_the_installed_trl():
 
 def test_what_the_table_says_is_what_happens(tmp_path, caplog):
     refused = dict(trust_remote_code=True, neftune_noise_alpha=5., label_smoothing_factor=.1)
-    unneeded = dict(dataset_num_proc=2, pad_to_multiple_of=8, precompute_ref_batch_size=2, activation_offloading=True, use_liger_kernel=True,
+    unneeded = dict(pad_to_multiple_of=8, precompute_ref_batch_size=2, activation_offloading=True, use_liger_kernel=True,
                     torch_compile=True, auto_find_batch_size=True, include_num_input_tokens_seen="all")
     assert set(refused) == set(REFUSED) and set(unneeded) == set(UNNEEDED)
     for name, value in refused.items():

@@ -465,7 +465,7 @@ def test_a_refusal_says_what_helps(tmp_path, name):
 
 
 def test_what_is_not_needed_is_said_once(tmp_path, caplog):
-    given = dict(dataset_num_proc=2, use_liger_kernel=True, activation_offloading=True)
+    given = dict(pad_to_multiple_of=8, use_liger_kernel=True, activation_offloading=True)
     with caplog.at_level(logging.WARNING, "dpo_literate.settings"):
         logging.getLogger("dpo_literate.settings").propagate = True
         DPOConfig(str(tmp_path), **QUIET | given)
