@@ -80,8 +80,7 @@ class PreferenceTrainer(TransformersPort, Trainer):
     def begin_run(self)->None:
         "Layout and reference, once; in a folder that is the run's now, its card and table."
         if not self.begun: open_run(self)
-        self.begun = True
-        if self.folder.is_live and self.carded != self.folder.path: note_run(self)
+        self.begun, self.carded = True, note_run(self)
     def before_save(self)->None: self.keeper.check()
     def run_identity(self)->dict: return identity_of(self)
     def row_order(self): return self.order
@@ -168,11 +167,13 @@ def open_run(trainer)->None:
     if step.layout.why_padded: trainer.accelerator.print(step.layout.why_padded)
     trainer.keeper.make()
 
-def note_run(trainer)->None:
-    "Card and table, in a folder that is the run's: an evaluation alone writes nothing."
-    trainer.carded = trainer.folder.path
-    trainer.folder.write_card(run_card(trainer))
-    if trainer.keeper.table: trainer.keeper.table.save()
+def note_run(trainer): # the folder that has the run's card, or None
+    "Card and table, once, in a folder that is the run's: an evaluation alone writes nothing."
+    folder, table = trainer.folder, trainer.keeper.table
+    if not folder.is_live or trainer.carded == folder.path: return trainer.carded
+    folder.write_card(run_card(trainer))
+    if table: table.save()
+    return folder.path
 
 def run_layout(trainer)->Layout:
     "Packed, shared or padded: what the settings ask for, where the model allows it."
