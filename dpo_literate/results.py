@@ -149,7 +149,7 @@ def new_folder(
 
 def aside(path:Path)->bool: # a lock, tables of a reference, or what a killed start or write left
     if path.name == ".run.lock" or path.name.startswith(".") and PART in path.name: return True
-    if path.is_symlink() or not path.is_dir(): return False
+    if path.is_symlink() or not path.is_dir() or path.name.startswith("checkpoint-"): return False
     rest = [p for p in path.iterdir() if not aside(p)]       # none: there is nothing to lose
     tables = path.name == "reference"
     return all(tables and re.fullmatch(r"[0-9a-f]{32}\.safetensors", p.name) for p in rest)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpo_literate.results import judge
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -135,18 +137,20 @@ def test_scan_claims_need_prompts_and_seeds_to_agree():
     def run(loss, beta, rewards, judged):
         return dict(loss=loss, beta=beta, rewards=rewards, judged=judged, reward=judged,
                     kls=rewards, kl=judged)
-    low, high = (run("simpo", 2., [.9, .5] * 10, [.5, .5, .5]),
+    low, high = (run("simpo", 2., [.9, .5] * 10, [.5, .6, .4]),
                  run("sigmoid", .1, [.1, .2] * 10, [.2, .2, .2]))
+    def said(sign, one, other, key):
+        values, items, betas = bench.scan_values([low, high], one, other, key)
+        found = judge(values, bench.line(sign), items=items)
+        return found["ours"], found["verdict"], betas
     one, other = ("simpo", "best"), ("sigmoid", "best")
-    assert (bench.scan_claim([low, high], one, other, "rewards", 1)[0] == pytest.approx(.3)
-            and bench.scan_claim([low, high], one, other, "rewards", 1)[3] == "held")
-    assert bench.scan_claim([low, high], one, other, "rewards", -1)[3] == "did not hold"
+    assert said(1, one, other, "rewards")[:2] == (pytest.approx(.3), "held")
+    assert said(-1, one, other, "rewards")[1] == "did not hold"
     for r, drift in ((low, [1., 2., 3.]), (high, [-1., -1., 0.])): r["chosen_drift"] = drift
-    mean, *_, said, betas = bench.scan_claim([low, high], ("simpo", "low"), ("sigmoid", "high"),
-                                             "chosen_drift", 1)
-    assert mean == pytest.approx(8 / 3) and said == "held" and betas == "beta 2.0 against 0.1"
+    low_high = ("simpo", "low"), ("sigmoid", "high"), "chosen_drift"
+    assert said(1, *low_high) == (pytest.approx(8 / 3), "held", "beta 2.0 against 0.1")
     low["judged"] = [.5, .1, .5]
-    assert bench.scan_claim([low, high], one, other, "rewards", 1)[3] == "too small to tell"
+    assert said(1, one, other, "rewards")[1] == "too small to tell"
 
 
 def test_claims_of_the_scan_ask_of_what_it_runs():

@@ -220,7 +220,7 @@ def test_a_reference_table_belongs_to_its_checkpoint(tmp_path):
     first.train()
     shutil.rmtree(tmp_path / "checkpoint-4")
     path, = (tmp_path / "reference").glob("*.safetensors")
-    context = first.table.context
+    context = first.keeper.table.context
     whole = models.load_table(path, context)
     moved = {k: (a + 1e-9, b) for k, (a, b) in whole.items()}
     models.save_table(path, moved, context)

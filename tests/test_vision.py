@@ -344,6 +344,6 @@ def test_what_cannot_be_meant_is_refused(tmp_path):
     film = user(dict(type="video"), dict(type="text", text="?"))
     with pytest.raises(Refusal, match="part of type 'video'"):
         asked([PAIRS[0] | dict(prompt=film)])
-    with pytest.raises(Refusal, match="this reader takes text"):
+    with pytest.raises(Refusal, match="only text is read here"):
         DPOTrainer(model, args=config(tmp_path), train_dataset=PAIRS,
                    processing_class=processor.tokenizer)
