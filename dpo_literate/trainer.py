@@ -49,8 +49,7 @@ class PreferenceTrainer(TransformersPort, Trainer):
         rows:list,          # of the training set
         objective,          # columns -> `Verdict`
         scorer=None,        # model, piece -> `ReplyLogps`; None: `Scorer` with what is asked
-        evals=None,         # rows, or a dict of them
-        tokenizer=None, ref_model=None, mode:str="none", # see `reference_mode`
+        evals=None, tokenizer=None, ref_model=None, mode:str="none", # see `reference_mode`
         counts:dict|None=None, notes:tuple=(),           # for card and log
         layout_check=None, start_tolerance:float|None=None, terms:tuple=(), # see page 10
         **given,            # compute_metrics, callbacks, optimizers: as for `Trainer`
@@ -105,8 +104,7 @@ class PreferenceTrainer(TransformersPort, Trainer):
 
     def log(self, logs, start_time=None):
         "Trainer's line, with the means since the last one; the last line has the rest."
-        if "loss" in logs or "train_loss" in logs: logs |= self.step.meter.line()
-        super().log(logs, start_time)
+        super().log(with_means(self.step.meter, logs), start_time)
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **_):
         "Write README.md beside the model."
         write_model_card(self, model_name, dataset_name, tags)
@@ -166,6 +164,12 @@ def open_run(trainer)->None:
     step.layout = eyes.layout(layout) if eyes else layout
     if step.layout.why_padded: trainer.accelerator.print(step.layout.why_padded)
     trainer.keeper.make()
+
+def with_means(meter, logs:dict)->dict: # the same line of the log
+    "A line about training gets the meter's means; the last one has a loss of its own."
+    if "loss" in logs or "train_loss" in logs: logs |= meter.line()
+    if "train_loss" in logs: logs.pop("loss", None)
+    return logs
 
 def note_run(trainer): # the folder that has the run's card, or None
     "Card and table, once, in a folder that is the run's: an evaluation alone writes nothing."

@@ -243,6 +243,7 @@ def tree(folder, mutant=None):
     for name in ("dpo_literate", "tests"): shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     (folder / "nbs").mkdir(exist_ok=True)
     shutil.copy(ROOT / "nbs" / "00b_results.ipynb", folder / "nbs")
+    shutil.copytree(ROOT / "nbs" / "results", folder / "nbs" / "results", dirs_exist_ok=True)
     if not mutant: return True
     path = folder / "dpo_literate" / f"{mutant.module}.py"
     text = path.read_text(encoding="utf-8")

@@ -526,6 +526,8 @@ def test_the_command(tmp_path):
         model=str(tmp_path / "lm"),
         prompts=str(tmp_path / "p.txt"),
         reward="vader",
+        columns=None,
+        split=None,
         output=str(tmp_path / "out"),
         rank=2,
         resume=True,

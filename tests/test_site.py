@@ -317,7 +317,7 @@ def test_an_equation_the_converter_does_not_know_stops_the_build():
     with pytest.raises(ValueError, match=r"07.*\\nosuch"): site.mathml(r"\nosuch{x}", False, "07")
 
 
-def test_the_reference_lists_every_public_name_once(docs):
+def test_the_reference_lists_every_public_name_once(docs, real_tree):
     for module, path in site.home_of_modules().items():
         soup = BeautifulSoup((docs / f"{path.stem}.html").read_text(encoding="utf-8"),
                              "html.parser")

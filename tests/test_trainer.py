@@ -369,7 +369,8 @@ def test_the_cache_is_keyed_by_all_it_depends_on(tmp_path, monkeypatch):
     seen, n = read_by(monkeypatch), len(PAIRS)
     def run(model=None, data=PAIRS, **settings):
         before = len(seen)
-        t = trainer(tmp_path, model, data, **settings); t.begin_run()
+        t = trainer(tmp_path, model, data, **settings)
+        with t.folder.lock.lock: t.begin_run()      # a table is kept where the run may write
         probe = t.step.layout(t.rows)
         fresh = torch.cat([torch.stack(t.step.reference.logps(b)) - dpo_literate_logps(t.model, b).view(2, -1) for b in probe], 1)
         assert fresh.abs().max() < 1e-8
@@ -481,8 +482,8 @@ def test_every_shape_of_data(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PAIRS))
     rows, _ = encode_pairs(PAIRS, TOKENIZER)
     table = datasets.Dataset.from_list(PAIRS)
-    shapes = dict(list=PAIRS, rows=rows, bare=[Row(r.prompt_ids, r.chosen_ids, r.rejected_ids) for r in rows], file=tmp_path / "pairs.jsonl", table=table,
-                  named=datasets.DatasetDict(train=table, test=table))
+    shapes = dict(list=PAIRS, rows=rows, bare=[Row(r.prompt_ids, r.chosen_ids, r.rejected_ids) for r in rows], file=tmp_path / "pairs.jsonl", table=table)
+    with pytest.raises(Refusal, match="not all splits at once"): trainer(tmp_path / "all", data=datasets.DatasetDict(train=table, test=table))
     found = {k: losses(train(tmp_path / k, data=v, num_train_epochs=2)) for k, v in shapes.items()}
     whole = train(tmp_path / "stream", data=table.to_iterable_dataset(), max_steps=len(found["list"]))   # read to its end, so shuffled
     found["stream"] = losses(whole)

@@ -335,7 +335,7 @@ def test_every_shape_of_data(tmp_path):
     import datasets
     plain_ = [{k: v for k, v in r.items() if k != "id"} for r in REPLIES]
     table = datasets.Dataset.from_list(plain_)
-    shapes = dict(list=plain_, rows=encode_pairs(plain_, TOKENIZER)[0], file=jsonl(tmp_path / "r.jsonl", plain_), table=table, named=datasets.DatasetDict(train=table))
+    shapes = dict(list=plain_, rows=encode_pairs(plain_, TOKENIZER)[0], file=jsonl(tmp_path / "r.jsonl", plain_), table=table)
     found = {k: losses(train(tmp_path / k, data=v, loss_type="kto")) for k, v in shapes.items()}
     whole = train(tmp_path / "stream", data=table.to_iterable_dataset(), loss_type="kto", max_steps=len(found["list"]))   # read to its end, so shuffled
     found["stream"] = losses(whole)

@@ -632,10 +632,11 @@ def test_dpo_finds_the_best_policy_when_told_enough():
     assert (regret >= -1e-9).all() and regret.max() < 2e-3
 
 
-@pytest.mark.parametrize("grid,edge", [((1e-4, .5, 1.), False), ((.5, 1., 2.), True),
-                                       ((1e-4, 1e-3, .5), True), ((.5,), False)])
+@pytest.mark.parametrize("grid,edge", [((1e-4, .5, 1.), False), ((.5, 1., 2.), False),
+                                       ((1e-4, 1e-3, .5), False), ((50., 100.), True),
+                                       ((.5,), False)])
 def test_a_setting_at_the_edge_of_its_grid_is_marked(grid, edge):
-    "β = 0.5 is best in plenty of clean verdicts; it is at the edge where it is first or last."
+    "β = 0.5 is best in plenty of clean verdicts; a grid goes on beyond its end, four values far."
     method = one_world.Method("sigmoid", grid=grid)
     found = one_world.tune_and_test(method, few(3_000), steps=150)
     assert found["knob"] == .5 and found["edge"] is edge and len(found["regret"]) == 10
