@@ -56,8 +56,9 @@ def committed(page):
 def test_verdicts_follow_from_their_record(page):
     "Every committed row is what the rule of page 00b makes of the committed values."
     script, judge = JUDGES[page]
-    spec = importlib.util.spec_from_file_location(f"bench_{script}", ROOT / "benchmarks" / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)   # not by its name: scipy would take `sparse` for a package
+    path = ROOT / "benchmarks" / f"{script}.py"     # by file: scipy takes a module `sparse` for
+    spec = importlib.util.spec_from_file_location(f"bench_{script}", path)   # the package
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     name, rows = getattr(module, judge)()
     assert name == page and len(rows) == len(committed(page))
