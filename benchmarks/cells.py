@@ -103,8 +103,8 @@ def claim_row(claim, source, paper, values, bar, *, unit="seed", items=None, **m
 def told(rows):
     "Print the claims with their verdicts."
     for r in rows:
-        print(f"{r['verdict']:18} {r['ours']:+.3g} [{r['low']:+.3g}, {r['high']:+.3g}]  "
-              f"{r['claim']}")
+        ends = "" if r["low"] is None else f" [{r['low']:+.3g}, {r['high']:+.3g}]"   # of one seed
+        print(f"{r['verdict']:18} {r['ours']:+.3g}{ends}  {r['claim']}")
 
 
 def polite_pairs():
@@ -157,15 +157,24 @@ def recorded(name):
     return found, found["_provenance"]["seed"]
 
 
-def run_or_record(args, configs, run, record, judge=None):
-    "Work on the cells, gather them, or judge the record anew; the exit code."
+def publish(*judges):
+    "Judge committed records, write the claims of each page, and say them."
+    for judged in judges:
+        page, rows = judged()
+        save_claims(page, rows)
+        told(rows)
+
+
+def run_or_record(args, configs, run, record, *judges):
+    "Work on the cells, gather them and judge the record, or judge it anew; the exit code."
     try:
-        if args.judge:
-            if judge is None: raise Refusal("there is nothing to judge anew: use --record")
-            save_claims(*judge())
+        if args.judge and not judges:
+            raise Refusal("there is nothing to judge anew: use --record")
+        todo = [] if args.judge else configs()
+        if args.record: record(todo)
+        if args.record or args.judge:
+            publish(*judges)
             return 0
-        todo = configs()
-        if args.record: record(todo); return 0
         left = run(todo, args.minutes)
         print(f"{left} cells left" if left else "all cells are there; add --record", flush=True)
         return 0

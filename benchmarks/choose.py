@@ -9,12 +9,12 @@ import sys
 
 import torch
 from cells import (above, below, claim_row, gathered, options, ran, recorded, run_or_record,
-                   seconds_of, told, work)
+                   seconds_of, work)
 
 from dpo_literate.frontier import wide_world
 from dpo_literate.online import TablePolicy, TableRow, table_step
 from dpo_literate.ppo import world_ppo
-from dpo_literate.results import repo_dir, save_claims, save_result
+from dpo_literate.results import repo_dir, save_result
 from dpo_literate.reward import fit_scores, win_counts
 from dpo_literate.world import objective, sample_pairs
 
@@ -80,8 +80,6 @@ def record(configs):
                                                          if k not in ("arm", "seed")},
         what="Share of runs that end below the reference, over one grid of learning rates and "
              "batches.")
-    save_claims(*judge())
-    told(judge()[1])
     print(best)
 
 

@@ -24,7 +24,7 @@ from dpo_literate.community import (Vote, agreement, by_thread, confounds_of, pa
                                     vote_pairs, words)
 from dpo_literate.models import load_model, load_tokenizer
 from dpo_literate.packing import pack_rows, packed_reply_logps
-from dpo_literate.results import Refusal, data_dir, repo_dir, save_claims, save_result
+from dpo_literate.results import Refusal, data_dir, repo_dir, save_result
 from dpo_literate.rows import encode_pairs
 from dpo_literate.sampling import decoder, greedy, prompt_tokens, sampling_dtype
 
@@ -240,7 +240,6 @@ def record(todo):
                 seed=seeds, seconds=seconds_of(cells), ran=ran(cells),
                 what="Upvotes of counsel_chat: what pairs "
                 "by rule are about, and DPO of SmolLM2-135M-Instruct on some of them")
-    save_claims(*judge())
 
 
 def judge():

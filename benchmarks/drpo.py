@@ -28,7 +28,7 @@ from dpo_literate.one_step import (Encoder, Scene, align, color_coverage, compre
                                    draw_prompts, drpo_loss, load_emoji, measure, new_source,
                                    raw_features, reward_gradient_loss, stage_features, train_base,
                                    train_encoder, word_logps, word_rank)
-from dpo_literate.results import repo_dir, save_claims, save_result
+from dpo_literate.results import repo_dir, save_result
 from dpo_literate.runs import digest
 
 CELLS = repo_dir() / "runs" / "drpo"
@@ -292,7 +292,6 @@ def record(todo):
     pictures = {arm: by_seed(cells, arm=arm, seed=0)[0]["gallery"] for arm in ("base", *SHOWN)}
     save_result("drpo_gallery", pictures, config=config, **how | dict(seed=0),
                 what="Samples of four arms for the same prompts and noise, JPEG in base64.")
-    save_claims(*judge())
 
 
 def judge():

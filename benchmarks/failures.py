@@ -22,7 +22,7 @@ from dpo_literate.align import distinct
 from dpo_literate.failures import failure_pairs, json_fault, loop_fault
 from dpo_literate.logps import pad_rows, reply_logps
 from dpo_literate.models import load_model, load_tokenizer
-from dpo_literate.results import repo_dir, save_claims, save_result
+from dpo_literate.results import repo_dir, save_result
 from dpo_literate.rows import encode_pairs
 from dpo_literate.runs import Stages
 from dpo_literate.sampling import decoder, greedy, prompt_tokens, sample, sampling_dtype
@@ -233,7 +233,6 @@ def record(todo):
                 seconds=seconds_of(cells), ran=ran(cells),
                 what="Loops and broken JSON of SmolLM2-135M-Instruct "
                 "on held-out prompts: base, SFT on own failures' repairs, DPO after it")
-    save_claims(*judge())
 
 
 def judge():

@@ -15,12 +15,12 @@ from statistics import fmean
 
 import torch
 from cells import (above, below, claim_row, gathered, options, ran, recorded, run_or_record,
-                   seconds_of, told, work)
+                   seconds_of, work)
 
 from dpo_literate.frontier import wide_world
 from dpo_literate.losses import dpo_loss
 from dpo_literate.ppo import policy_loss, value_loss
-from dpo_literate.results import repo_dir, save_claims, save_result
+from dpo_literate.results import repo_dir, save_result
 from dpo_literate.world import objective, optimal_policy
 
 RUNS = repo_dir() / "runs" / "fragile"
@@ -157,7 +157,6 @@ def record(configs):
                 ran=ran(cells + tried),
                 what="Share of the possible gain that DPO and PPO reach on tables, over the same "
                      "learning rates and batches, with SGD and with Adam.")
-    save_claims(*judge())
 
 
 def under(grid):
@@ -213,9 +212,7 @@ def main():
     torch.set_num_threads(1)
     def shown(shares): return f"{under(shares):.2f} of the runs below"
     def run(_, minutes): return work(todo(TUNING) + todo(), RUNS, cell, shown, minutes)
-    code = run_or_record(args, todo, run, record, judge)
-    if args.record or args.judge: told(judge()[1])
-    return code
+    return run_or_record(args, todo, run, record, judge)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -18,7 +18,7 @@ import sys
 import time
 from dataclasses import asdict
 
-from cells import above, below, claim_row, recorded, told
+from cells import above, below, claim_row, publish, recorded
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -26,7 +26,6 @@ from dpo_literate.results import (
     Refusal,
     data_dir,
     repo_dir,
-    save_claims,
     save_result,
     to_json,
     write_atomic,
@@ -234,8 +233,7 @@ def world(args):
         seconds=time.perf_counter() - start,
         what="Reward each method leaves lying below the exact frontier, in ten random worlds.",
     )
-    save_claims(*judge_worlds())
-    told(judge_worlds()[1])
+    publish(judge_worlds)
 
 
 def judge_worlds():
@@ -448,8 +446,7 @@ def text(args):
         what="True reward and exact KL of every method on held-out prompts, with seconds, memory "
         "and tokens sampled.",
     )
-    save_claims(*judge_text())
-    told(judge_text()[1])
+    publish(judge_text)
 
 
 def main(argv=None):
@@ -458,7 +455,7 @@ def main(argv=None):
     )
     kinds = top.add_subparsers(dest="what", required=True)
     kinds.add_parser("world").set_defaults(run=world)
-    def judge(args): return [save_claims(*made()) for made in (judge_worlds, judge_text)] and 0
+    def judge(args): return publish(judge_worlds, judge_text) or 0
     kinds.add_parser("judge", help="write the claims anew from the records").set_defaults(run=judge)
     for name, run, seeds in (("text", text, [0, 1, 2]), ("ppo", ppo, [0]), ("reward", reward, [0])):
         p = kinds.add_parser(name)

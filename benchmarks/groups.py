@@ -10,14 +10,14 @@ import sys
 import torch
 from cells import (above, below, claim_row, gathered, made, options, ran, recorded,
                    run_or_record, seconds_of,
-                   told, work)
+                   work)
 
 from dpo_literate.frontier import wide_world
 from dpo_literate.groups import (
     expected_gradient, group_advantages, loo_advantages, rebel_loss, train_groups)
 from dpo_literate.losses import dpo_loss
 from dpo_literate.ppo import policy_loss
-from dpo_literate.results import bootstrap_interval, repo_dir, save_claims, save_result
+from dpo_literate.results import bootstrap_interval, repo_dir, save_result
 from dpo_literate.world import objective, optimal_policy
 
 RUNS = repo_dir() / "runs" / "groups"
@@ -151,8 +151,6 @@ def record(_):
                 seconds=seconds_of(arms + gathered(tuning(), RUNS)),
                 config=dict(beta=BETA, sizes=SIZES, rates=RATES, worlds=WORLDS, tuning=TUNING),
                 what="Share of the possible gain that groups of several sizes reach.")
-    save_claims(*judge())
-    told(judge()[1])
 
 
 def judge():

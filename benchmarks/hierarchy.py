@@ -27,7 +27,7 @@ from dpo_literate.gw_dpo import (add_delimiters, add_segments, hierarchy_policy,
 from dpo_literate.hierarchy import PAIRS, agreed, conflict, make_items, shuffled
 from dpo_literate.hierarchy_eval import judge_replies, macro_mean, ppa, replies_to, whs
 from dpo_literate.models import load_model, load_tokenizer
-from dpo_literate.results import Refusal, repo_dir, save_claims, save_result
+from dpo_literate.results import Refusal, repo_dir, save_result
 from dpo_literate.rows import Row
 from dpo_literate.runs import digest
 from dpo_literate.trainer import DPOConfig, DPOTrainer
@@ -201,7 +201,6 @@ def record(todo):
                 what="Who wins a conflict of levels, and how often a harmless prompt is refused: "
                      "DPO, a constant offset of equal mean, linear and bilateral GW-DPO, bundled "
                      "model")
-    save_claims(*judge())
 
 
 def setup_of(config):

@@ -27,7 +27,7 @@ from dpo_literate.probes.honesty import (BINS, answer_sheet, choice_logps, conve
                                          deference, eager_pairs, echo, gives_in,
                                          shipped_questions, split_categories, truth_scores,
                                          truthful_pairs, truthfulqa)
-from dpo_literate.results import repo_dir, save_claims, save_result
+from dpo_literate.results import repo_dir, save_result
 
 CELLS = repo_dir() / "runs" / "honesty"
 ARMS = ("polite", "eager", "truthful")
@@ -128,8 +128,6 @@ def record(todo):
     save_result("honesty", dict(before=before, after=after, margin=margins, curves=curves),
                 command=COMMAND, seed=seeds, seconds=seconds_of(cells), config=config, what=what,
                 ran=ran(cells))
-    def change(arm, name): return [a - b for a, b in zip(after[arm][name], of(arm, name, "before"))]
-    save_claims("honesty", claims(change, dict(seeds=seeds, command=COMMAND)))
 
 
 def judge():

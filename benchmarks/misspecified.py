@@ -9,12 +9,12 @@ import sys
 
 import torch
 from cells import (above, below, by_seed, claim_row, gathered, options, ran, recorded,
-                   run_or_record, seconds_of, told, work)
+                   run_or_record, seconds_of, work)
 
 from dpo_literate.frontier import point_of, wide_world
 from dpo_literate.misspecified import (every_pair, first_step, fit_aux, fit_dpo, fit_rlhf,
                                        own_pairs, pairs_of, tilted)
-from dpo_literate.results import mean_interval, repo_dir, save_claims, save_result
+from dpo_literate.results import mean_interval, repo_dir, save_result
 from dpo_literate.world import objective
 
 RUNS = repo_dir() / "runs" / "misspecified"
@@ -111,8 +111,6 @@ def record(_):
                 seed=0, seconds=seconds_of(cells), ran=ran(cells),
                 config=dict(betas=BETAS, K=K, D=D, worlds=WORLDS),
                 what="Share of RLHF's gain kept by DPO and AuxDPO where replies share weights.")
-    save_claims(*judge())
-    told(judge()[1])
 
 
 def judge():

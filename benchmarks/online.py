@@ -11,13 +11,13 @@ import sys
 import torch
 from cells import (above, below, claim_row, gathered, made, options, ran, recorded,
                    run_or_record, seconds_of,
-                   told, work)
+                   work)
 
 from dpo_literate.frontier import point_of, wide_world
 from dpo_literate.online import (
     Optimism, chi_policy, hidden_world, samples_until, table_step, train_rounds)
 from dpo_literate.ppo import world_ppo
-from dpo_literate.results import bootstrap_interval, repo_dir, save_claims, save_result
+from dpo_literate.results import bootstrap_interval, repo_dir, save_result
 from dpo_literate.reward import fit_scores, win_counts
 from dpo_literate.world import World, optimal_policy, sample_pairs
 
@@ -233,8 +233,6 @@ def record(_):
         seconds=seconds_of(gathered(overfit(), RUNS)),
         config=dict(spread=SPREAD, verdicts=VERDICTS, betas=BETAS, worlds=len(MANY)),
         what="True reward that DPO's and χPO's exact policies gain along β, from few verdicts.")
-    save_claims(*judge())
-    told(judge()[1])
 
 
 def judge():

@@ -26,7 +26,7 @@ from cells import (above, below, by_seed, claim_row, gathered, options, polite_p
                    ran, recorded, run_or_record, seconds_of, seeds_of, work)
 
 from dpo_literate.models import load_model, load_tokenizer
-from dpo_literate.results import Refusal, data_dir, repo_dir, save_claims, save_result
+from dpo_literate.results import Refusal, data_dir, repo_dir, save_result
 from dpo_literate.rows import encode_pairs
 
 CELLS = repo_dir() / "runs" / "probes"
@@ -162,7 +162,6 @@ def record_displacement(configs):
             "bundled model, full fine-tuning")
     save_result("displacement", values, command=command, config=config, seed=seeds,
                 seconds=seconds_of(cells), what=what, ran=ran(cells))
-    save_claims("displacement", displacement_claims(of, dict(seeds=seeds, command=command)))
 
 
 def judge_displacement():
@@ -279,7 +278,6 @@ def record_tdi(configs):
     save_result("tdi", dict(arms=arms), command=command, seed=seeds, seconds=seconds_of(cells),
                 config=config | dict(model="bundled", data="polite_pairs"), what=what,
                 ran=ran(cells))
-    save_claims("tdi", tdi_claims(of, dict(seeds=seeds, command=command)))
 
 
 def judge_tdi():
@@ -387,7 +385,6 @@ def record_refusal(configs):
             "pairs, bundled model, full fine-tuning")
     save_result("refusal", values, command=command, config=config, seed=seeds,
                 seconds=seconds_of(cells), what=what, ran=ran(cells))
-    save_claims("refusal", refusal_claims(at, dict(seeds=seeds, command=command)))
 
 
 def judge_refusal():
@@ -471,8 +468,8 @@ def main(argv=None):
     def chosen():
         return [c for c in configs(args.seeds or list(seeds)) if every or c["arm"] in args.arms]
     def run(todo, minutes): return work(todo, folder_of(args.page), cell, summary, minutes)
-    judge = dict(displacement=judge_displacement, tdi=judge_tdi, refusal=judge_refusal)
-    return run_or_record(args, chosen, run, record, judge.get(args.page))
+    judges = dict(displacement=judge_displacement, tdi=judge_tdi, refusal=judge_refusal)
+    return run_or_record(args, chosen, run, record, *[judges[k] for k in judges if k == args.page])
 
 
 if __name__ == "__main__": sys.exit(main())

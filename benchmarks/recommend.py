@@ -26,7 +26,7 @@ from dpo_literate.recommend_eval import (HOSTILE, doubly_robust, effective_size,
                                          fixed_policy, hostile, implicit_factors,
                                          popularity_scores, rating_features, read_log, snips,
                                          variety)
-from dpo_literate.results import repo_dir, results_dir, save_claims, save_result
+from dpo_literate.results import repo_dir, results_dir, save_result
 
 COMMAND = "python benchmarks/recommend.py --films FOLDER --record"
 CELLS = repo_dir() / "runs" / "recommend"
@@ -295,7 +295,6 @@ def record(todo):
             save_result(f"recommend_{leg}", gathered_leg(some, leg), command=COMMAND,
                         config=SETTINGS[leg], seed=seeds_of(some), seconds=seconds_of(some),
                         ran=ran(some), what=WHAT[leg])
-    save_claims(*judge())
 
 
 def judge():

@@ -24,8 +24,7 @@ from cells import (above, below, by_seed, claim_row, gathered, options, ran, rec
 
 from dpo_literate.attacks import ATTACKS, DEFENCES, asr, attack_suite, gcg_attacks, utility
 from dpo_literate.models import load_model, load_tokenizer
-from dpo_literate.results import (Refusal, data_dir, repo_dir, save_claims,
-                                  save_result, write_atomic)
+from dpo_literate.results import (Refusal, data_dir, repo_dir, save_result, write_atomic)
 from dpo_literate.runs import digest
 from dpo_literate.secalign import PLACES, own_replies, secalign_pairs
 
@@ -222,7 +221,6 @@ def record(configs):
                 config=config, seed=seeds, seconds=seconds_of(cells), ran=ran(cells),
                 what="Attack success and utility of SmolLM2-135M-Instruct undefended, with "
                      "prompts, StruQ, SecAlign and SecAlign++")
-    save_claims("secalign", claims(of, seeds))
 
 
 def success(of, arm, attacks, kind="begin"):

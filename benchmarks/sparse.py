@@ -11,9 +11,9 @@ import sys
 import torch
 from cells import (above, below, claim_row, gathered, made, options, ran, recorded,
                    run_or_record, seconds_of,
-                   told, work)
+                   work)
 
-from dpo_literate.results import repo_dir, save_claims, save_result
+from dpo_literate.results import repo_dir, save_result
 from dpo_literate.sparse import RULES, train_corridors
 
 RUNS = repo_dir() / "runs" / "sparse"
@@ -90,8 +90,6 @@ def record(_):
                 seconds=seconds_of(arms + gathered(tuning(), RUNS)),
                 config=dict(lengths=LENGTHS, luck=LUCK, rates=RATES, budget=BUDGET),
                 what="Walks until half of them get through a corridor that pays at its end.")
-    save_claims(*judge())
-    told(judge()[1])
 
 
 def judge():

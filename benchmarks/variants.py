@@ -28,10 +28,9 @@ from typing import NamedTuple
 
 import torch
 
-from cells import above, below, claim_row, told
+from cells import above, below, claim_row, publish
 
-from dpo_literate.results import (Refusal, commit, load_result, repo_dir, save_claims,
-                                  save_result)
+from dpo_literate.results import Refusal, commit, load_result, repo_dir, save_result
 
 SCAN = {"sigmoid": (.05, .1, .3), "ipo_sum": (.01, .05, .1), "ipo": (.1, .3, 1.),
         "kto_pair": (.05, .1, .3), "simpo": (2., 5., 10.), "orpo": (.1, .5, 1.),
@@ -210,8 +209,7 @@ def judge():
 
 
 def claims(args):
-    save_claims(*judge())
-    told(judge()[1])
+    publish(judge)
 
 
 class ScanClaim(NamedTuple):

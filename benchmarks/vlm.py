@@ -24,7 +24,7 @@ from PIL import Image
 
 from dpo_literate.hallucination import caption_pairs, faults, look_back
 from dpo_literate.models import load_model, load_tokenizer
-from dpo_literate.results import repo_dir, save_claims, save_result
+from dpo_literate.results import repo_dir, save_result
 from dpo_literate.runs import Stages, digest
 from dpo_literate.small_vlm import (ASK, ATTENTION, answers, assemble, dinov2, draw_shapes, lesson,
                                     processor_of, read_emoji, remember, start_projector, teach,
@@ -276,7 +276,6 @@ def record_seeing(cells):
     save_result("vlm_seeing", seen(cells), command=COMMAND.format(0), config=SEE, seed=0,
                 seconds=seconds_of(cells), what="Right and wrong answers about held-out pictures: "
                 "DINOv2-S, projector and SmolLM2-135M-Instruct, and the same without pictures")
-    save_claims(*judge_seeing())
 
 
 def record(todo):
@@ -291,13 +290,13 @@ def record(todo):
                 config=dict(see=SEE, align=ALIGN, arms=ARMS),
                 what="False words, colours and numbers in captions of held-out pictures: the "
                 "taught model, DPO, MPO, MPO without its SFT term")
-    save_claims(*judge_captions_of())
 
 
 def main():
     args = options(__doc__, [0, 1, 2, 3, 4]).parse_args()
     return run_or_record(args, lambda: configs(args.seeds),
-                         lambda todo, m: work(todo, CELLS, cell, shown, m), record)
+                         lambda todo, m: work(todo, CELLS, cell, shown, m), record,
+                         judge_seeing, judge_captions_of)
 
 
 if __name__ == "__main__": raise SystemExit(main())

@@ -707,7 +707,7 @@ def test_a_record_waits_for_every_cell_and_judges_by_the_interval(bench, monkeyp
     assert len(set(map(digest, todo))) == len(todo) == 27
     def keep(name, values, **more): kept.update(values=values, **more)
     monkeypatch.setattr(bench, "save_result", keep)
-    monkeypatch.setattr(bench, "save_claims", lambda page, rows: kept.update(rows=rows))
+    monkeypatch.setattr(cells, "save_claims", lambda page, rows: kept.update(rows=rows))
     def reread(name):
         return kept["values"] | dict(_provenance=dict(config=kept["config"])), [0, 1, 2]
     monkeypatch.setattr(bench, "recorded", reread)
@@ -717,6 +717,7 @@ def test_a_record_waits_for_every_cell_and_judges_by_the_interval(bench, monkeyp
     with pytest.raises(Refusal, match="1 cells are missing"): bench.record(todo)
     write(todo[-1], .02)
     bench.record(todo)
+    cells.publish(bench.judge)
     assert claim_problems(kept["rows"]) == [] and kept["seconds"] >= 0
     verdicts = {r["claim"].split(" (")[0]: r["verdict"] for r in kept["rows"]}
     assert verdicts["bilateral has a higher macro PPA than DPO"] == "held"
