@@ -3,7 +3,7 @@ import re
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_literate.card import CardFacts, Reading, hub_name, inert_markdown, model_card
@@ -54,6 +54,7 @@ def test_a_folder_here_is_no_name_of_the_hub(tmp_path, monkeypatch):
     assert hub_name("owner/name") is None
 
 
+@settings(deadline=None)   # the first card looks up the versions of all packages
 @given(name=WORDS, base=WORDS, data=WORDS, on=WORDS, key=WORDS, value=WORDS, tag=WORDS)
 def test_no_text_becomes_markup_or_metadata(name, base, data, on, key, value, tag):
     "Keys of the metadata, headings and the cells of the tables are what they are for plain names."
