@@ -8,8 +8,9 @@ __all__ = ['REFUSED', 'DOUBTED', 'WARNED', 'CLASSES', 'Audit', 'check_preference
 # %% ../nbs/05c_audit.ipynb #82c9f3a6
 import bisect, hashlib, json, re, unicodedata
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from .preferences import Preferences, as_chat, inert, text_of, texts_of
+from .preferences import Preferences, _sha, as_chat, inert, text_of, texts_of
 from .reading import read_preferences
 from .results import Refusal
 
@@ -243,9 +244,14 @@ def _seen(row):
     for image in row.get("images", ()):
         if isinstance(image, dict): image = image.get("bytes") or image.get("path")
         file = folder / image if isinstance(image, str) else None
-        raw = file.read_bytes() if file and file.is_file() else image
-        out.append(hashlib.sha256(raw).hexdigest() if isinstance(raw, bytes) else str(raw))
+        if file and file.is_file(): out.append(_sha_of(file, file.stat().st_mtime_ns))
+        elif isinstance(image, bytes): out.append(hashlib.sha256(image).hexdigest())
+        else: out.append(str(image))
     return out
+
+@lru_cache(2**16)
+def _sha_of(file, changed): # read once, though a row is asked for in two forms
+    return _sha(file)
 
 def _folded(row):
     "The prompt's text without case, with single blanks, in one Unicode form."

@@ -6,7 +6,7 @@
 __all__ = ['log', 'ID_COLUMNS', 'BATCH_COLUMNS', 'ENDLESS', 'LOT', 'NEVER_CALLED', 'run_date', 'as_settings', 'refuse_faults',
            'RowSet', 'is_stream', 'eyes_of', 'read_rows', 'prepare_rows', 'fit_rows', 'check_numbers', 'check_columns',
            'RowBatch', 'as_batch', 'in_columns', 'collated', 'remade', 'through_collator', 'rows_of_a_step',
-           'trains_as_it_reads', 'check_stream', 'StreamRows', 'rows_of_lot', 'row_print', 'StreamOrder', 'encode_sets',
+           'trains_as_it_reads', 'check_stream', 'StreamRows', 'rows_of_lot', 'StreamOrder', 'encode_sets',
            'taken_apart', 'shared_rows', 'make_policy', 'check_policy', 'check_adapter', 'check_ids', 'NotRows',
            'check_arguments', 'check_overrides']
 
@@ -27,7 +27,7 @@ from .packing import pair_length, row_capacity
 from .many_rows import add_counts, encode_rows
 from .reading import read_preferences
 from .results import Refusal
-from .rows import Counts, Row, Rows, column, largest_id, split_pairs
+from .rows import Counts, Row, Rows, column, largest_id, prints, split_pairs
 from .port import UNKNOWN_END
 from .settings import DPOConfig, looks_at_single_replies
 
@@ -287,10 +287,11 @@ class StreamRows(Sequence):
         "Encode the next lot of pairs, as a file of them would be."
         lot = [self.placed(pair) for pair in itertools.islice(self.source, LOT)]
         self.ended = len(lot) < LOT
-        if lot: rows, counts = rows_of_lot(lot, self)
-        if lot: add_counts(self.counts, counts)
-        for row in rows if lot else ():
-            self.hash.update(row_print(row).encode())
+        if not lot: return
+        rows, counts = rows_of_lot(lot, self)
+        add_counts(self.counts, counts)
+        for row, letters in zip(rows, prints(rows)):
+            self.hash.update(letters.encode())
             self.kept.append(row)
             if self.expected and len(self) == self.expected["rows"]: self.compare()
         while len(self.kept) > max(self.margin, 2 * LOT): self.kept.popleft(); self.first += 1
@@ -335,9 +336,6 @@ def rows_of_lot(lot:list, stream:StreamRows)->tuple: # rows, counts
     if rows and stream.check: stream.check(rows)
     if not begun: stream.notes += said
     return rows, counts
-
-def row_print(row)->str: # what a row is, in letters
-    return f"{row.key}{row.weight!r}{row.offset!r}{row.label!r}"
 
 class StreamOrder(torch.utils.data.Sampler):
     "Numbers of a stream's rows as long as there are some; then the fillers' that even out."
@@ -389,7 +387,7 @@ def taken_apart(args)->str:
 
 def shared_rows(train:list, held:list, name:str="")->str|None:
     "A note where an evaluation set holds rows of the training set."
-    both = {r.key for r in train} & {r.key for r in held}
+    both = {*column(train, "key")} & {*column(held, "key")}
     if not both: return None
     return (f"eval {name}".strip() + f": {len(both)} of {len(held)} rows are in the training set; "
             "what is measured on them is no held-out figure")

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['KLEstimates', 'kl_estimates', 'token_rewards', 'gae', 'masked_mean', 'whiten', 'policy_loss', 'value_loss',
-           'KLControl', 'step_stats', 'world_batch', 'world_ppo', 'drawn_pairs', 'world_dpo', 'drawn_batch', 'walk_dpo']
+           'KLControl', 'step_stats', 'world_batch', 'world_ppo', 'drawn_pairs', 'world_dpo', 'walk_dpo']
 
 # %% ../nbs/12a_ppo.ipynb #b0857f85
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 import torch
 from torch import Tensor
 from .losses import dpo_loss
-from .world import World, preference_probs
+from .world import World, preference_probs, sample_pairs
 
 # %% ../nbs/12a_ppo.ipynb #048f809f
 class KLEstimates(NamedTuple):
@@ -201,17 +201,6 @@ def world_dpo(
     return logits.detach().log_softmax(-1)
 
 # %% ../nbs/12a_ppo.ipynb #d4d49fc5
-def drawn_batch(
-    world:World, rewards:Tensor, # where; of the judge, (N,K)
-    batch:int, g:torch.Generator, # pairs to draw; source of chance
-)->tuple[Tensor,Tensor,Tensor]:  # prompt, chosen, rejected, (B,) each
-    "Two replies of the reference to a prompt, the preferred one first."
-    x = torch.multinomial(world.prompt_p, batch, replacement=True, generator=g)
-    a, b = torch.multinomial(world.ref_logps.exp()[x], 2, generator=g).T
-    first = torch.rand(batch, dtype=torch.float64, generator=g)
-    first = first < (rewards[x, a] - rewards[x, b]).sigmoid()
-    return x, torch.where(first, a, b), torch.where(first, b, a)
-
 def walk_dpo(
     world:World, rewards:Tensor, beta:float, # as for `world_ppo`
     seed:int=0, steps:int=100, batch:int=512, epochs:int=4, lr:float=.05,
@@ -219,11 +208,12 @@ def walk_dpo(
 )->list[Tensor]:               # log π after each step, (N,K)
     "DPO on a table by the steps of `world_ppo`: `batch` replies each, in pairs."
     g, path = torch.Generator().manual_seed(seed), []
+    judged = replace(world, rewards=rewards)
     logits, ref = world.ref_logps.clone().requires_grad_(), world.ref_logps
     descent = optimizer([logits], lr=lr)
     for step in range(steps):
         descent.param_groups[0]["lr"] = lr * (1 - step / steps)
-        x, w, l = drawn_batch(world, rewards, batch // 2, g)
+        x, w, l = sample_pairs(judged, batch // 2, g)
         for _ in range(epochs):
             now = logits.log_softmax(-1)
             loss = dpo_loss(now[x, w], now[x, l], ref[x, w], ref[x, l], beta=beta)[0]

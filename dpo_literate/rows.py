@@ -103,8 +103,10 @@ class _Store:
         *ids, id, chosen, rejected = _from_bytes(self.packed[k])
         label = None if self.label[k] < 0 else bool(self.label[k])
         row = Row(*ids, id, self.weight[k], self.offset[k], chosen, rejected, label)
-        vars(row)["key"] = self.keys[32 * k:32 * k + 32].hex()
+        vars(row)["key"] = self.key(k)
         return row
+
+    def key(self, k:int)->str: return self.keys[32 * k:32 * k + 32].hex()
 
 # %% ../nbs/06_rows.ipynb #06a00002
 class Rows(Sequence):
@@ -152,14 +154,21 @@ class Rows(Sequence):
 # %% ../nbs/06_rows.ipynb #06a00005
 def column(
     rows,     # `Rows`, or a list of rows
-    name:str, # weight, offset or label
+    name:str, # weight, offset, label or key
 )->list:      # its values
-    "One number of every row."
+    "One number of every row, or its key."
     if not isinstance(rows, Rows): return [getattr(r, name) for r in rows]
+    at = range(len(rows)) if rows.at is None else rows.at
+    if name == "key": return [rows.store.key(k) for k in at]
     held = getattr(rows.store, name)
-    found = held if rows.at is None else [held[k] for k in rows.at]
-    if name != "label": return list(found)
-    return [None if v < 0 else bool(v) for v in found]
+    found = [held[k] for k in at]
+    return [None if v < 0 else bool(v) for v in found] if name == "label" else found
+
+def prints(rows): # as for `column`
+    "What each row is, in letters: its content, weight, offset and label."
+    parts = (column(rows, name) for name in ("key", "weight", "offset", "label"))
+    for key, weight, offset, label in zip(*parts):
+        yield f"{key}{weight!r}{offset!r}{'' if label is None else repr(label)}"
 
 def take(
     rows,    # `Rows`, or a list of rows

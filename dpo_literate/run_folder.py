@@ -312,7 +312,7 @@ def find_checkpoint(
 def go_on(
     run:RunFolder,
     folder:Path,      # the checkpoint to go on from
-    allow_change=(),  # keys of the identity that may differ
+    allow_change=None, # keys that may differ, see `check_contract`
 )->list[dict]:        # what differs and was allowed
     "Compare what the run is with what the checkpoint was; clear the way for its own."
     changes = check_contract(folder, run.identity, allow_change)

@@ -129,8 +129,6 @@ def move_up(cache:Cache, rows:Tensor)->None: # rows to go on with, most of them 
         for room in pair: room[new] = room[rows[new]]
     cache.own = [tuple(room[:len(rows)] for room in pair) for pair in cache.own]
 
-Cache.take, Cache.move_up = take, move_up
-
 # %% ../nbs/09e_sampling.ipynb #10c00019
 def weight_of(
     linear:nn.Linear, # perhaps inside an adapter of PEFT
@@ -374,7 +372,7 @@ def begin(d:FastDecoder, prompts:list, rows:Tensor, limit:int)->Tensor: # (B,V)
     ids, mask, position = left_pad([p[S:] for p in prompts], d.device)
     d.cache = cache_of(d, *ids.shape, read_shared(d, prompts[0][:S]))
     logits = read(d, d.cache, ids, position + S, mask.bool())
-    d.cache.take(rows, ids.shape[1] + min(limit, AHEAD))
+    take(d.cache, rows, ids.shape[1] + min(limit, AHEAD))
     d.real = F.pad(mask.bool()[rows], (0, limit), value=True)
     d.position = position[rows, -1:] + S
     return logits[rows]
@@ -385,12 +383,12 @@ def step(d:FastDecoder, tokens:Tensor)->Tensor: # (B,) -> (B,V)
     d.position, cache = d.position + 1, d.cache
     if cache.used == cache.columns:
         everyone = torch.arange(len(tokens), device=d.device)
-        cache.take(everyone, min(cache.used + AHEAD, d.real.shape[1]))
+        take(cache, everyone, min(cache.used + AHEAD, d.real.shape[1]))
     return read(d, cache, tokens[:, None], d.position, d.real)
 
 def keep(d:FastDecoder, rows:Tensor)->None:
     "Go on with these rows only."
-    d.cache.move_up(rows)
+    move_up(d.cache, rows)
     d.real, d.position = d.real[rows], d.position[rows]
 
 FastDecoder.begin, FastDecoder.step, FastDecoder.keep = begin, step, keep

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .models import TINY, check_loaded, keep_gradients, no_dropout
 from .results import Refusal, data_dir
 from .settings import DPOConfig
-from .step import Layout
+from .step import Layout, in_groups
 from .trainer import DPOTrainer
 from .vision import _TEMPLATE, _seeing_tokenizer, Eyes
 
@@ -324,8 +324,7 @@ def answers(
     text = processor.apply_chat_template([dict(role="user", content=parts)],
                                          add_generation_prompt=True, tokenize=False)
     stop, out = processor.tokenizer.eos_token_id, []
-    for k in range(0, len(pictures), batch):
-        some = pictures[k:k + batch]
+    for some in in_groups(pictures, batch):
         given = processor(text=[text] * len(some), return_tensors="pt", add_special_tokens=False,
                           **({} if blind else dict(images=[[p.image] for p in some])))
         said = model.generate(**given, max_new_tokens=limit, do_sample=False, eos_token_id=stop,
@@ -346,7 +345,7 @@ def row_logps(
     eyes = Eyes(processor)
     made, *_ = eyes.prepare(rows, DPOConfig(str(folder), max_length=None, use_cpu=True))
     layout, score, out = eyes.layout(Layout("packed")), eyes.scorer(), []
-    for k in range(0, len(made), batch):
-        out += [score(model, piece) for piece in layout(made[k:k + batch])]
+    for some in in_groups(made, batch):
+        out += [score(model, piece) for piece in layout(some)]
     both = lambda name: torch.cat([getattr(o, name).reshape(2, -1).T for o in out])
     return both("sums"), both("lengths")

@@ -31,6 +31,7 @@ from .reference_table import (ReferenceProbe, ReferenceTable, read_in_groups,
     reference_mode, strangers_in_groups)
 from .results import Refusal, versions
 from .checkpoints import checkpoints
+from .rows import prints
 from .run_folder import tokenizer_hash
 from .settings import DPOConfig, objective_of, settings_of
 from .step import (EpochOrder, Layout, PreferenceStep, Scorer, choose_layout,
@@ -403,9 +404,7 @@ def data_hash(
     rows:list, # of the training set
 )->str:        # SHA-256 of their content in order, weights, margins and labels included
     "Fingerprint of what is trained on."
-    label = lambda r: "" if r.label is None else repr(r.label)
-    text = "".join(f"{r.key}{r.weight!r}{r.offset!r}{label(r)}" for r in rows)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256("".join(prints(rows)).encode()).hexdigest()
 
 def identity_of(trainer)->dict:
     "What a resumed run must share with the one it goes on with."
