@@ -94,14 +94,19 @@ def own_pairs(
         if move.abs().max() < 1e-9: return theta
     return theta
 
+# %% ../nbs/15b_misspecified.ipynb #7a10c4a2
+def weights(world)->Tensor: # chance of a prompt and its reply, (N,K,1)
+    return (world.prompt_p[:, None] * world.ref_logps.exp())[..., None]
+
+def centred(world, features)->Tensor: # φ minus its mean under the reference, (N,K,D)
+    return features - (world.ref_logps.exp()[..., None] * features).sum(1, keepdim=True)
+
 # %% ../nbs/15b_misspecified.ipynb #7a10c402
 def unseen(
     world:World, features:Tensor, # where; φ, (N,K,D)
 )->Tensor:                        # an orthonormal basis, (N*K,M)
     "Changes of the reward that do not change the first step of RLHF: δ of (15b.4)."
-    p = world.ref_logps.exp()[..., None]
-    centred = features - (p * features).sum(1, keepdim=True)
-    rows = (world.prompt_p[:, None, None] * p * centred).flatten(0, 1).mT       # (D,N*K)
+    rows = (weights(world) * centred(world, features)).flatten(0, 1).mT         # (D,N*K)
     _, size, basis = torch.linalg.svd(rows)
     rank = int((size > 1e-12 * size.max()).sum())
     return basis[rank:].mT
@@ -122,8 +127,8 @@ def first_step(
     beta:float,                   # price of a nat
 )->Tensor:                        # θ, (D,)
     "Least squares of the reward on the features, weighted by the reference; one Newton step."
-    p = (world.prompt_p[:, None] * world.ref_logps.exp())[..., None]
-    centred = features - (world.ref_logps.exp()[..., None] * features).sum(1, keepdim=True)
-    gram = (p * centred).flatten(0, 1).mT @ centred.flatten(0, 1)
-    seen = (p * centred * world.rewards[..., None]).sum((0, 1))
+    own = centred(world, features)
+    weighted = weights(world) * own
+    gram = weighted.flatten(0, 1).mT @ own.flatten(0, 1)
+    seen = (weighted * world.rewards[..., None]).sum((0, 1))
     return torch.linalg.solve(gram, seen) / beta
