@@ -137,6 +137,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'dpo_literate.card.card_data': ('card.html#card_data', 'dpo_literate/card.py'),
                                    'dpo_literate.card.hub_name': ('card.html#hub_name', 'dpo_literate/card.py'),
                                    'dpo_literate.card.inert_markdown': ('card.html#inert_markdown', 'dpo_literate/card.py'),
+                                   'dpo_literate.card.metadata': ('card.html#metadata', 'dpo_literate/card.py'),
                                    'dpo_literate.card.model_card': ('card.html#model_card', 'dpo_literate/card.py'),
                                    'dpo_literate.card.plain_value': ('card.html#plain_value', 'dpo_literate/card.py'),
                                    'dpo_literate.card.reading_row': ('card.html#reading_row', 'dpo_literate/card.py'),

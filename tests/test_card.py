@@ -68,6 +68,14 @@ def test_no_text_becomes_markup_or_metadata(name, base, data, on, key, value, ta
     assert [len(re.findall(r"(?<!\\)\|", line)) for line in tables] == [5, 5, 5, 3, 3, 3]
 
 
+@pytest.mark.parametrize("sign", ["\x85", "a\x85b", "\u2028", "a\u2029b", "\n", "\r", "\t", "\x0b",
+                                  "\ufeff", " "])
+def test_whatever_ends_a_line_comes_back_from_the_metadata(sign):
+    head, _ = parts(model_card(facts(tags=[sign], results=[Reading("accuracy", .5, on=sign)])))
+    assert head["tags"] == ["dpo", "dpo-literate", sign]
+    assert head["model-index"][0]["results"][0]["dataset"]["name"] == sign
+
+
 @given(WORDS)
 def test_inert_text_is_one_line_without_markup(text):
     made = inert_markdown(text)
